@@ -1,0 +1,1 @@
+"""Text in, token rows and statistics of the inputs of linear layers out."""

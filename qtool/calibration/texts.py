@@ -1,0 +1,114 @@
+"""Texts from wherever a DataSpec points: a built-in name, a file, a folder, or a data set id.
+
+Plain text and JSON lines are read here; tables (csv, parquet) and data set ids go through `datasets`,
+streamed, so that only what is used is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import QtoolError, UsageError, unknown
+from qtool.recipe import DataSpec
+
+BUILT_IN = ("python-docs",)
+FILE_TYPES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
+Render = Callable[[list[dict[str, str]]], str]  # chat messages -> text
+
+
+def read_texts(spec: DataSpec, split: str, render: Render) -> Iterator[str]:
+    """The texts of `spec`, in order; `split` is the default one. Raises UsageError for what does not exist."""
+    split = spec.split or split
+    path = Path(spec.source).expanduser()
+    if spec.source in BUILT_IN:
+        yield from _built_in(split)
+    elif path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in FILE_TYPES)
+        if not files:
+            raise UsageError(f"folder {path} holds no {', '.join(FILE_TYPES)}")
+        for file in files:
+            yield from _file(file, spec.column, render)
+    elif path.is_file():
+        yield from _file(path, spec.column, render)
+    else:
+        yield from _data_set(spec, split, render)
+
+
+def local_files(spec: DataSpec) -> list[Path]:
+    """The files behind `spec`, none for a built-in name or a data set id."""
+    path = Path(spec.source).expanduser()
+    if spec.source in BUILT_IN:
+        return []
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.suffix in FILE_TYPES)
+    return [path] if path.is_file() else []
+
+
+def _built_in(split: str) -> list[str]:
+    from qtool.calibration import python_docs
+
+    if split not in ("train", "test"):
+        raise unknown("split of python-docs", split, ("train", "test"))
+    return python_docs.texts(split)
+
+
+def _file(path: Path, column: str | None, render: Render) -> Iterator[str]:
+    try:
+        if path.suffix in (".txt", ".md"):
+            yield path.read_text(encoding="utf-8")
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                yield from _texts((json.loads(line) for line in file if line.strip()), column, render, str(path))
+        elif path.suffix in FILE_TYPES:
+            from datasets import load_dataset
+
+            kind = path.suffix[1:]
+            records = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            yield from _texts(records, column, render, str(path))
+        else:
+            raise UsageError(f"{path} is of no known type", f"known: {', '.join(FILE_TYPES)}")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as UTF-8 {path.suffix[1:]}: {error}") from None
+
+
+def _data_set(spec: DataSpec, split: str, render: Render) -> Iterator[str]:
+    if os.sep in spec.source and spec.source.count("/") > 1 or spec.source.startswith((".", "~", "/")):
+        raise UsageError(f"no such file or folder: {spec.source}")
+    if Path(spec.source).suffix in FILE_TYPES:
+        raise UsageError(f"no such file: {spec.source}")
+    from datasets import load_dataset
+
+    name, _, config = spec.source.partition(":")
+    try:
+        records = load_dataset(name, config or None, split=split, streaming=True)
+        yield from _texts(records, spec.column, render, spec.source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"`{spec.source}` is no file, no built-in data set ({', '.join(BUILT_IN)}), and cannot be loaded: {reason}",
+            "give a .txt, .jsonl, .csv or .parquet file, or a data set id as `org/name` or `org/name:config`",
+        ) from None
+
+
+def _texts(records: Iterable[dict[str, Any]], column: str | None, render: Render, source: str) -> Iterator[str]:
+    """The text of each record: of the named column, else `text`, else chat `messages`."""
+    for record in records:
+        if not isinstance(record, dict):
+            raise UsageError(f"{source}: a record is not an object with columns, but {type(record).__name__}")
+        name = column or next((c for c in ("text", "messages", "conversations") if c in record), None)
+        if name is None or name not in record:
+            raise UsageError(
+                f"{source} has no column `{column or 'text'}`; it has {', '.join(map(str, record))}",
+                "name the column, for example --set data.column=content",
+            )
+        value = record[name]
+        if isinstance(value, list):
+            yield render(value)
+        elif isinstance(value, str):
+            yield value
+        elif value is not None:
+            raise QtoolError(f"{source}: column `{name}` holds {type(value).__name__}, not text")

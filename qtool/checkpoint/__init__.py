@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints as streams of tensors, never as whole models."""

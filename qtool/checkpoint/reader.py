@@ -1,0 +1,166 @@
+"""A safetensors checkpoint seen through its headers; tensors are read one at a time.
+
+Only safetensors is read: pickle files (`.bin`, `.pt`) can run code. Names from an index are plain file
+names, so that no checkpoint can point outside its folder. Header facts need no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import QtoolError, UsageError
+from qtool.headers import DTYPE_BITS, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells whether a file is still the same; the time only saves hashing it again."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+class Checkpoint:
+    """A folder of safetensors with its config, or one safetensors file.
+
+    `tensors` maps each name to its header in file order; `config` is {} where there is no config.json.
+    Raises QtoolError naming the file when anything is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_file():
+            self.root, self.files = path.parent, [path.name]
+        else:
+            self.root = path
+            self.files, expected = _weight_files(path)
+        self.config: dict[str, Any] = _read_json(self.root / "config.json") if path.is_dir() else {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for info in _read_header(self.root / file):
+                if info.name in self.tensors:
+                    raise QtoolError(f"tensor `{info.name}` is both in {self.tensors[info.name].file} and in {file}")
+                self.tensors[info.name] = info
+        if path.is_dir():
+            for name, file in expected.items():
+                if name not in self.tensors or self.tensors[name].file != file:
+                    raise QtoolError(
+                        f"{path / INDEX} says that `{name}` is in {file}, but it is not there",
+                        "download the checkpoint again: its index and its shards do not belong together",
+                    )
+
+    @cached_property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, copied out of the file."""
+        return next(self.read_many([name]))[1]
+
+    def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors in file order. Each file is mapped only while it is read, so memory is what is held."""
+        from safetensors import SafetensorError, safe_open
+
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, members in by_file.items():
+            try:
+                with safe_open(self.root / file, framework="pt") as handle:
+                    for name in members:
+                        yield name, handle.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise QtoolError(f"cannot read {self.root / file}: {error}") from None
+
+    def identity(self, known: Iterable[FileIdentity] = ()) -> list[FileIdentity]:
+        """Each weight file and config.json by content. A file whose size and time `known` has is not hashed again."""
+        cache = {(f.name, f.size_bytes, f.mtime_ns): f for f in known}
+
+        def identify(name: str) -> FileIdentity:
+            stat = (self.root / name).stat()
+            cached = cache.get((name, stat.st_size, stat.st_mtime_ns))
+            return cached or FileIdentity(name, stat.st_size, stat.st_mtime_ns, sha256_file(self.root / name))
+
+        names = [*self.files, *(["config.json"] if self.config else [])]
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            return list(pool.map(identify, names))
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weight_files(root: Path) -> tuple[list[str], dict[str, str]]:
+    """The safetensors files of a folder, and what its index says is where."""
+    if (root / INDEX).is_file():
+        weight_map = _read_json(root / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise QtoolError(f"{root / INDEX} has no `weight_map` of tensor names to files")
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise QtoolError(f"{root / INDEX} names `{file}`, which is not a safetensors file of this folder")
+        missing = [file for file in files if not (root / file).is_file()]
+        if missing:
+            raise QtoolError(
+                f"{root / INDEX} names {len(missing)} of {len(files)} files that are missing: {', '.join(missing[:3])}",
+                "download the checkpoint again",
+            )
+        return files, weight_map
+    files = sorted(p.name for p in root.glob("*.safetensors"))
+    if "model.safetensors" in files:
+        files = ["model.safetensors"]
+    if files:
+        return files, {}
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in root.glob(pattern))
+    if pickles:
+        raise UsageError(
+            f"{root} has no safetensors, only {pickles[0]}: pickle files can run code and are not read",
+            f"convert it once: `python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{root}').save_pretrained('{root}-safetensors')\"`",
+        )
+    raise UsageError(f"{root} holds no *.safetensors", "give a folder with a model in safetensors, or a hub id")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QtoolError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise QtoolError(f"{path} is not a JSON object")
+    return value
+
+
+def _read_header(path: Path) -> Iterator[TensorInfo]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as handle:
+            for name in handle.offset_keys():
+                tensor = handle.get_slice(name)
+                if tensor.get_dtype() not in DTYPE_BITS:
+                    raise QtoolError(f"`{name}` in {path} has the unknown type {tensor.get_dtype()}")
+                yield TensorInfo(name, tensor.get_dtype(), tuple(tensor.get_shape()), path.name)
+    except (SafetensorError, OSError) as error:
+        raise QtoolError(
+            f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {error}",
+            "download the file again",
+        ) from None

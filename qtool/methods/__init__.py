@@ -1,0 +1,52 @@
+"""The table of methods: which codes are chosen.
+
+A method is a frozen dataclass whose fields are its recipe options. Its module imports torch only inside
+functions, so that options are checked in a blink. `needs_data` says whether `solve` wants statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from qtool.errors import unknown
+from qtool.recipe import options_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qtool.numerics.grid import IntGrid, QTensor
+
+METHODS = {
+    "rtn": "qtool.methods.rtn:RTN",
+    "gptq": "qtool.methods.gptq:GPTQ",
+}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantized weight, and what happened on the way that a person should know."""
+
+    weight: QTensor
+    notes: list[str] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """What the pipeline asks of a method."""
+
+    needs_data: ClassVar[bool]
+
+    def solve(self, weight_OI: Tensor, grid: IntGrid, second_moment_II: Tensor | None) -> Solution:
+        """The codes and parameters for a float32 weight; `second_moment_II` is the mean of x x^T over its inputs."""
+        ...
+
+
+def get_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of that name with its options. Raises UsageError for unknown names, keys and types."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    module, _, cls = METHODS[name].partition(":")
+    method: Method = options_of(getattr(import_module(module), cls), options, name)
+    return method

@@ -1,0 +1,1 @@
+"""What is particular to an architecture, and running a model block by block."""

@@ -1,0 +1,215 @@
+"""A transformers model run block by block, with only one block's weights in memory.
+
+The model is built on the meta device. Embeddings are loaded, one recording pass per batch captures what
+enters the first block and what each block is given besides (masks, position embeddings), and then every
+block is loaded, run over all batches and dropped. This reproduces the whole model exactly.
+
+Shapes: B rows of a batch, T tokens, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import QtoolError, UsageError
+from qtool.models.architectures import ARCHITECTURES, Architecture
+
+ReadWeights = Callable[[Iterable[str]], dict[str, Tensor]]
+
+
+class _AllRecorded(Exception):
+    """Ends a recording pass after the last block."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its arguments and hands the hidden states on."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__()
+        for name, value in vars(block).items():  # what the model asks its blocks, such as `attention_type`
+            if isinstance(value, (str, int, bool)) and name not in vars(self):
+                setattr(self, name, value)
+        self.last = last
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def forward(self, hidden_BTE: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.call = (hidden_BTE, *args), kwargs
+        if self.last:
+            raise _AllRecorded
+        return hidden_BTE
+
+
+@dataclass
+class Stream:
+    """Hidden states of all batches on their way through the blocks, and the arguments each block needs by shape."""
+
+    hidden: list[Tensor]  # [B, T, E] each
+    arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
+
+
+class BlockModel:
+    """A causal language model whose weights come from `read` when they are needed, by checkpoint name."""
+
+    def __init__(self, root: Path, read: ReadWeights, names: Iterable[str], device: torch.device) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.architecture = architecture_of_folder(root)
+        try:
+            self.config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+        except (ValueError, OSError, KeyError) as error:
+            raise QtoolError(f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}") from None
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config  # the weights arrive dequantized
+        self.read, self.names, self.device = read, set(names), device
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                self.config, attn_implementation=self.architecture.attention, dtype=torch.float32
+            )
+        self.model.eval().requires_grad_(False)
+        self._rebuild_buffers()
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.architecture.blocks)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model was made for."""
+        return int(getattr(self.config, "max_position_embeddings", 0) or 2048)
+
+    def block_name(self, index: int) -> str:
+        return f"{self.architecture.blocks}.{index}"
+
+    def block_weights(self, index: int) -> list[str]:
+        """The tensors of a block by checkpoint name."""
+        prefix = self.block_name(index)
+        return [f"{prefix}.{name}" for name, _ in self.blocks[index].named_parameters()]
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights in float32, dropped again at the end."""
+        with self._loaded(self.block_name(index)) as block:
+            yield block
+
+    def start(self, batches: Iterable[Tensor]) -> Stream:
+        """Token batches [B, T] -> what enters the first block."""
+        stream = Stream([])
+        decoder = self.model.get_submodule(self.architecture.blocks.rpartition(".")[0])
+        name = self.architecture.blocks.rpartition(".")[2]
+        recorders = nn.ModuleList(_Recorder(b, b is self.blocks[-1]) for b in self.blocks)
+        with self._outer_loaded(decoder), torch.no_grad():
+            setattr(decoder, name, recorders)
+            try:
+                for tokens_BT in batches:
+                    try:
+                        decoder(input_ids=tokens_BT.to(self.device), use_cache=False)
+                    except _AllRecorded:
+                        pass
+                    calls = [recorder.call for recorder in recorders]
+                    stream.hidden.append(calls[0][0][0])
+                    if tuple(tokens_BT.shape) not in stream.arguments:
+                        stream.arguments[tuple(tokens_BT.shape)] = [(args[1:], kwargs) for args, kwargs in calls]
+            finally:
+                setattr(decoder, name, self.blocks)
+        return stream
+
+    def run(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
+        """The output of a loaded block for one batch, [B, T, E]; does not change the stream."""
+        hidden_BTE = stream.hidden[batch]
+        args, kwargs = stream.arguments[tuple(hidden_BTE.shape[:2])][index]
+        with torch.no_grad():
+            output = block(hidden_BTE, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Final norm and output head: a function from hidden states [N, E] to logits [N, V]."""
+        final = getattr(self.config, "final_logit_softcapping", None)
+        with self._loaded(self.architecture.norm) as norm, self._loaded(self.architecture.head) as head, torch.no_grad():
+
+            def logits(hidden_NE: Tensor) -> Tensor:
+                values = head(norm(hidden_NE))
+                return torch.tanh(values / final) * final if final else values
+
+            yield logits
+
+    @contextmanager
+    def _outer_loaded(self, decoder: nn.Module) -> Iterator[None]:
+        """Everything that runs before the blocks: all of the decoder but its blocks and its final norm."""
+        inside = (self.architecture.blocks + ".", self.architecture.norm + ".")
+        prefix = self.architecture.blocks.rpartition(".")[0]
+        wanted = [f"{prefix}.{n}" for n, _ in decoder.named_parameters()]
+        modules = sorted({n.rpartition(".")[0] for n in wanted if not n.startswith(inside)})
+        loaded = [self._loaded(name) for name in modules]
+        for manager in loaded:
+            manager.__enter__()
+        try:
+            yield
+        finally:
+            for manager in loaded:
+                manager.__exit__(None, None, None)
+
+    @contextmanager
+    def _loaded(self, name: str) -> Iterator[nn.Module]:
+        module = self.model.get_submodule(name)
+        sources = {n: self._source(f"{name}.{n}") for n, _ in module.named_parameters()}
+        values = self.read(dict.fromkeys(sources.values()))
+        state = {n: values[source].to(self.device) for n, source in sources.items()}
+        for n, parameter in module.named_parameters():
+            if state[n].shape != parameter.shape:
+                raise QtoolError(
+                    f"`{sources[n]}` has shape {tuple(state[n].shape)}, but config.json asks for {tuple(parameter.shape)}"
+                )
+        module.load_state_dict(state, assign=True, strict=False)
+        module.requires_grad_(False)
+        try:
+            yield module
+        finally:
+            for owner in module.modules():
+                for n, parameter in owner._parameters.items():
+                    if parameter is not None:
+                        owner._parameters[n] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _source(self, name: str) -> str:
+        """The checkpoint's name of a parameter; with tied embeddings either of the two may be in the file."""
+        if name in self.names:
+            return name
+        tied = {f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"}
+        other = (tied - {name}).pop() if name in tied else None
+        if other in self.names and getattr(self.config, "tie_word_embeddings", False):
+            return other
+        raise QtoolError(f"the checkpoint has no tensor `{name}`, which config.json's model needs")
+
+    def _rebuild_buffers(self) -> None:
+        """Buffers that are in no checkpoint (rotary frequencies, embedding scales) stay on meta otherwise."""
+        for module in self.model.modules():
+            own = dict(module.named_buffers(recurse=False))
+            if any(buffer.is_meta for buffer in own.values()):
+                for n, buffer in own.items():
+                    setattr(module, n, torch.empty_like(buffer, device=self.device))
+                self.model._init_weights(module)
+
+
+def architecture_of(config: dict[str, Any], root: Path) -> Architecture:
+    """The architecture of a config.json. Raises UsageError for one that no entry describes."""
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UsageError(
+            f"{root} is of architecture `{kind}`, which qtool cannot run; it runs {', '.join(sorted(ARCHITECTURES))}",
+            "`qtool quantize --method rtn` needs no data and works on every safetensors checkpoint",
+        )
+    return ARCHITECTURES[kind]
+
+
+def architecture_of_folder(root: Path) -> Architecture:
+    import json
+
+    try:
+        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UsageError(f"{root} has no config.json, so the model cannot be run") from None
+    return architecture_of(config, root)

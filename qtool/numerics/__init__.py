@@ -1,0 +1,1 @@
+"""Pure tensor functions: grids, scale search, packing. No modules, files or globals."""

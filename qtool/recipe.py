@@ -1,0 +1,169 @@
+"""A recipe: everything that decides the bytes of an output, as frozen dataclasses.
+
+It comes from YAML, `--set key=value` and typed flags, in that order of rising precedence, and prints
+back as YAML. An unknown key is an error with the nearest known one. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qtool.errors import UsageError, unknown
+from qtool.scheme import QuantScheme
+
+DEFAULT_IGNORE = ("*lm_head", "*embed_out", "*embed*", "*wte", "*wpe", "*norm*", "*router*", "*.gate")
+PROTOCOLS = ("windows", "rows", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where token rows come from."""
+
+    source: str = "python-docs"  # built-in name, file, directory, or data set id
+    split: str | None = None  # of a data set; default "train" to calibrate, "test" to evaluate
+    column: str | None = None  # of a data set; default `text`, else `messages`
+    rows: int | None = None  # at most so many rows; default 128 to calibrate, all to evaluate
+    seqlen: int | None = None  # tokens per row; default the model's context, at most 2048
+    pack: bool = True  # True: join the texts and cut; False: one row per text
+    seed: int = 0  # which rows, when there are more than asked for
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """What is measured, and the gates on it."""
+
+    data: DataSpec = DataSpec()
+    protocol: str = "windows"  # windows, rows or llama.cpp
+    stride: int | None = None  # windows: tokens between their starts; default no overlap
+    max_ppl_increase: str | None = None  # gate: "1%" relative, or "0.2" absolute
+    max_kl: float | None = None  # gate on the mean KL divergence, in nats per token
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `quantize` does to a model."""
+
+    scheme: str = "int4-g128-sym"  # of every linear layer that no pattern below names
+    layers: Mapping[str, str] = field(default_factory=dict)  # pattern -> scheme; the last match wins
+    ignore: tuple[str, ...] = DEFAULT_IGNORE  # patterns of modules that stay as they are
+    method: str = "gptq"  # which codes are chosen
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # method -> its options
+    format: str = "compressed-tensors"  # how they lie on disk
+    data: DataSpec = DataSpec()  # calibration rows, for methods that want them
+    eval: EvalSpec | None = None  # measure before and after, and gate
+    strict: bool = False  # a tensor left alone for any reason that was not asked for is an error
+
+    def scheme_of(self) -> QuantScheme:
+        return QuantScheme.parse(self.scheme)
+
+
+def build(tree: Mapping[str, Any], method_names: typing.Iterable[str]) -> Recipe:
+    """The recipe that a tree of plain values describes. Raises UsageError for unknown keys and wrong types."""
+    tree = dict(tree)
+    options = {name: dict(_mapping(name, tree.pop(name) or {})) for name in list(method_names) if name in tree}
+    if "options" in tree:
+        raise unknown("recipe key", "options", method_names)
+    recipe: Recipe = _from_tree(Recipe, tree, "", extra=tuple(method_names))
+    recipe = dataclasses.replace(recipe, options=options)
+    QuantScheme.parse(recipe.scheme)
+    for scheme in recipe.layers.values():
+        QuantScheme.parse(scheme)
+    if recipe.eval and recipe.eval.protocol not in PROTOCOLS:
+        raise unknown("protocol", recipe.eval.protocol, PROTOCOLS)
+    return recipe
+
+
+def to_tree(recipe: Recipe) -> dict[str, Any]:
+    """The plain values that `build` takes: the inverse of it."""
+    tree = dataclasses.asdict(recipe)
+    tree["ignore"] = list(recipe.ignore)
+    tree.update(tree.pop("options"))
+    return tree
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def load_tree(path: Path) -> dict[str, Any]:
+    """The YAML mapping in a recipe file."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe `{path}`: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe `{path}` is not YAML: {' '.join(str(error).split())}") from None
+    return dict(_mapping(f"recipe `{path}`", tree if tree is not None else {}))
+
+
+def set_key(tree: dict[str, Any], assignment: str) -> None:
+    """Apply one `--set a.b=value` to a tree; the value is YAML."""
+    path, equals, value = assignment.partition("=")
+    if not equals or not path:
+        raise UsageError(f"`--set {assignment}` is not KEY=VALUE", "for example `--set gptq.damp=0.05`")
+    *parents, last = path.split(".")
+    for parent in parents:
+        branch = tree.get(parent)
+        tree[parent] = branch = dict(branch) if isinstance(branch, Mapping) else {}
+        tree = branch
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"`--set {assignment}`: `{value}` is not a YAML value") from None
+
+
+def options_of(cls: type, values: Mapping[str, Any], section: str) -> Any:
+    """An instance of an options dataclass from plain values, checked key by key and type by type."""
+    return _from_tree(cls, values, section + ".")
+
+
+def _mapping(what: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{what} must hold keys and values, not `{value}`")
+    return value
+
+
+def _from_tree(cls: type, tree: Mapping[str, Any], prefix: str, extra: tuple[str, ...] = ()) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.name != "options"]
+    values = {}
+    for key, value in _mapping(f"`{prefix.rstrip('.') or 'the recipe'}`", tree).items():
+        if key not in names:
+            raise unknown("recipe key", f"{prefix}{key}", [prefix + n for n in (*names, *extra)])
+        values[key] = _convert(value, hints[key], prefix + str(key))
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the annotated type `hint`, or a UsageError that names the key."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), key)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and hint is DataSpec:
+            return DataSpec(source=value)
+        return _from_tree(typing.cast(type, hint), value, key + ".")
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
+            return tuple(items)
+    elif origin is not None and issubclass(origin, Mapping):
+        return {str(k): str(v) for k, v in _mapping(f"`{key}`", value).items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    elif hint in (int, bool) and type(value) is hint:
+        return value
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a list of text")
+    raise UsageError(f"recipe key `{key}` takes {expected}, not `{value}`")
