@@ -5,8 +5,7 @@ Shapes: N tokens, I input features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,46 +14,74 @@ from torch import Tensor, nn
 from qtool.errors import QtoolError
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Means over the tokens x of one input; x_f is what the same input is in the float model."""
+
+    second_II: Tensor  # x x^T, float32
+    cross_II: Tensor | None = None  # (x_f - x) x^T, float32, where it was asked for
+    tokens: int = 0
+
+
 @dataclass
 class InputStats:
-    """Sums over `count` tokens x of one input."""
+    """Sums over the tokens of one input."""
 
-    second_moment_II: Tensor  # float32, sum of x x^T
-    count: int = 0
+    second_II: Tensor
+    cross_II: Tensor | None
+    tokens: int = 0
 
     @classmethod
-    def empty(cls, inputs: int, device: torch.device) -> InputStats:
-        return cls(torch.zeros(inputs, inputs, device=device))
+    def empty(cls, inputs: int, cross: bool, device: torch.device) -> InputStats:
+        zeros = torch.zeros(inputs, inputs, device=device)
+        return cls(zeros, torch.zeros_like(zeros) if cross else None)
 
-    def add(self, x_NI: Tensor) -> None:
-        self.second_moment_II.addmm_(x_NI.T, x_NI)
-        self.count += x_NI.shape[0]
+    def add(self, x_NI: Tensor, float_x_NI: Tensor | None = None) -> None:
+        """Tokens of the input and, for the cross moment, the same tokens in the float model."""
+        self.second_II.addmm_(x_NI.T, x_NI)
+        if self.cross_II is not None:
+            assert float_x_NI is not None
+            self.cross_II.addmm_((float_x_NI - x_NI).T, x_NI)
+        self.tokens += x_NI.shape[0]
 
-    def mean(self, name: str) -> Tensor:
-        """X^T X / N, [I, I]. Raises QtoolError naming the layer when it saw no token or something not finite."""
-        if not self.count:
+    def moments(self, name: str) -> Moments:
+        """The sums over the token count; they are divided in place, so this ends the collecting.
+
+        Raises QtoolError naming the layer when it saw no token or something not finite.
+        """
+        if not self.tokens:
             raise QtoolError(f"`{name}` saw no token of the calibration data", "give more varied data")
-        mean_II = self.second_moment_II / self.count
-        if not torch.isfinite(mean_II.diagonal()).all():
+        self.second_II /= self.tokens
+        if self.cross_II is not None:
+            self.cross_II /= self.tokens
+        if not torch.isfinite(self.second_II.diagonal()).all():
             raise QtoolError(f"the inputs of `{name}` are not finite on the calibration data")
-        return mean_II
+        return Moments(self.second_II, self.cross_II, self.tokens)
 
 
-@contextmanager
-def collecting(block: nn.Module, layers: Iterable[str], device: torch.device) -> Iterator[dict[str, InputStats]]:
-    """While it is open, the inputs of these linears of a block are added up."""
-    stats: dict[str, InputStats] = {}
-    handles = []
-    for layer in layers:
-        linear = block.get_submodule(layer)
-        stats[layer] = InputStats.empty(linear.in_features, device)
+class _AllSeen(Exception):
+    """Ends a run of a block once every watched input was seen."""
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
-            stats[layer].add(args[0].flatten(0, -2))
 
-        handles.append(linear.register_forward_pre_hook(hook))
+def inputs_of(run: Callable[[], Tensor], block: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The inputs [N, I] of these linears of a block while `run` runs it; the run ends with the last of them."""
+    wanted = list(layers)
+    seen: dict[str, Tensor] = {}
+
+    def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[layer] = args[0].flatten(0, -2)
+            if len(seen) == len(wanted):
+                raise _AllSeen
+
+        return hook
+
+    handles = [block.get_submodule(layer).register_forward_pre_hook(watch(layer)) for layer in wanted]
     try:
-        yield stats
+        run()
+    except _AllSeen:
+        pass
     finally:
         for handle in handles:
             handle.remove()
+    return seen

@@ -1,7 +1,8 @@
 """The table of methods: which codes are chosen.
 
 A method is a frozen dataclass whose fields are its recipe options. Its module imports torch only inside
-functions, so that options are checked in a blink. `needs_data` says whether `solve` wants statistics.
+functions, so that options are checked in a blink. `needs` says which moments of the inputs `solve` wants:
+nothing (then no model is built), "second", or "cross" as well (then the float model runs alongside).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from qtool.recipe import options_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qtool.calibration.stats import Moments
     from qtool.numerics.grid import IntGrid, QTensor
 
 METHODS = {
@@ -36,10 +38,10 @@ class Solution:
 class Method(Protocol):
     """What the pipeline asks of a method."""
 
-    needs_data: ClassVar[bool]
+    needs: ClassVar[frozenset[str]]
 
-    def solve(self, weight_OI: Tensor, grid: IntGrid, second_moment_II: Tensor | None) -> Solution:
-        """The codes and parameters for a float32 weight; `second_moment_II` is the mean of x x^T over its inputs."""
+    def solve(self, weight_OI: Tensor, grid: IntGrid, moments: Moments | None) -> Solution:
+        """The codes and parameters for a float32 weight, given the moments of its inputs that it needs."""
         ...
 
 

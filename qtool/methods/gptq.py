@@ -19,6 +19,7 @@ from qtool.methods import Solution
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qtool.calibration.stats import Moments
     from qtool.numerics.grid import GridParams, IntGrid
 
 SCALES = ("searched", "minmax")
@@ -35,7 +36,7 @@ class GPTQ:
     scales: str = "searched"  # searched: least error weighted by diag(H); minmax: from the range of each group
     block: int = 128  # columns between two matrix products; speed only
 
-    needs_data: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"second"})
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -45,42 +46,49 @@ class GPTQ:
         if self.damp < 0 or self.block < 1:
             raise UsageError(f"gptq.damp={self.damp} must not be negative and gptq.block={self.block} must be positive")
 
-    def solve(self, weight_OI: Tensor, grid: IntGrid, second_moment_II: Tensor | None) -> Solution:
+    def solve(self, weight_OI: Tensor, grid: IntGrid, moments: Moments | None) -> Solution:
+        import torch
+
         from qtool.numerics.grid import QTensor
 
-        assert second_moment_II is not None
-        importance_I = second_moment_II.diagonal()
+        assert moments is not None
+        importance_I = moments.second_II.diagonal()
         params = grid.fit(weight_OI, importance_I, search=self.scales == "searched")
-        order = importance_I.argsort(descending=True, stable=True) if self.order == "activation" else None
-        factor_II, notes = upper_factor(second_moment_II, self.damp, order)
-        codes = round_columns(weight_OI, grid, params, factor_II, order, self.block)
+        order_I = torch.arange(len(importance_I), device=importance_I.device)
+        if self.order == "activation":
+            order_I = importance_I.argsort(descending=True, stable=True)
+        factor_II, notes = reversed_factor(moments.second_II, self.damp, order_I)
+        codes = round_columns(weight_OI, grid, params, factor_II, order_I, self.block)
         return Solution(QTensor(codes, params, grid.scheme), notes)
 
 
-def upper_factor(second_moment_II: Tensor, damp: float, order: Tensor | None) -> tuple[Tensor, list[str]]:
-    """Upper triangular R with R R^T = H + damp mean(diag H), rows and columns permuted by `order`; notes on trouble.
+def reversed_factor(second_II: Tensor, damp: float, order_I: Tensor) -> tuple[Tensor, list[str]]:
+    """Lower triangular L, the Cholesky factor of H + damp mean(diag H) with rows and columns in reversed `order_I`.
 
-    Tried in float32, then float64, then with ten times the damping. Inputs that are always zero get a unit diagonal.
+    Read backwards it is the R above: R_kj = L[I-1-k, I-1-j]. Tried in float32, then float64, then with ten
+    times the damping, which the notes say. Inputs that are always zero get a diagonal of their own.
     Raises QtoolError when even a damping of 1 does not help.
     """
     import torch
 
     notes = []
-    moment = second_moment_II if order is None else second_moment_II[order][:, order]
-    diagonal = moment.diagonal()
+    backwards_I = order_I.flip(0)
+    damped = second_II[backwards_I]
+    damped = damped[:, backwards_I]
+    diagonal = damped.diagonal()
     mean = float(diagonal.mean()) or 1.0
-    dead = int((diagonal == 0).sum())
-    if dead:
-        notes.append(f"{dead} of {len(diagonal)} inputs are always zero on the calibration data")
-    amount = damp
+    dead = diagonal == 0
+    if dead.any():
+        notes.append(f"{int(dead.sum())} of {len(dead)} inputs are always zero on the calibration data")
+    diagonal[dead] = mean
+    amount, added = damp, 0.0
     while True:
-        damped = moment.flip(0, 1)
-        damped.diagonal().add_(amount * mean)
-        damped.diagonal()[diagonal.flip(0) == 0] = mean
+        diagonal += (amount - added) * mean
+        added = amount
         for dtype in (torch.float32, torch.float64):
             factor, failed = torch.linalg.cholesky_ex(damped.to(dtype))
             if not failed:
-                return factor.flip(0, 1).float(), notes
+                return factor.float(), notes
         amount = max(10 * amount, 1e-4)
         if amount > MOST_DAMPING:
             raise QtoolError("the second moment of the inputs is not positive definite even with a damping of 1")
@@ -88,30 +96,30 @@ def upper_factor(second_moment_II: Tensor, damp: float, order: Tensor | None) ->
 
 
 def round_columns(
-    weight_OI: Tensor, grid: IntGrid, params: GridParams, factor_II: Tensor, order: Tensor | None, block: int
+    weight_OI: Tensor, grid: IntGrid, params: GridParams, factor_II: Tensor, order_I: Tensor, block: int
 ) -> Tensor:
-    """uint8 codes [O, I] by the rule above; `factor_II` is permuted by `order`, weight and codes are not."""
+    """uint8 codes [O, I] by the rule above. `factor_II` is `reversed_factor` for the same `order_I`."""
     import torch
 
     from qtool.numerics.grid import GridParams
 
     rows, inputs = weight_OI.shape
-    order = torch.arange(inputs, device=weight_OI.device) if order is None else order
-    feedback_II = factor_II / factor_II.diagonal()  # R_kj / R_jj
-    weight_IO = weight_OI.T[order]  # a column of the weight is a row here: contiguous
+    weight_IO = weight_OI.T[order_I]  # a column of the weight is a row here: contiguous
     error_IO = torch.empty_like(weight_IO)
     codes_IO = torch.empty(inputs, rows, dtype=torch.uint8, device=weight_OI.device)
     for start in range(0, inputs, block):
         end = min(start + block, inputs)
-        target_BO = torch.addmm(weight_IO[start:end], feedback_II[:start, start:end].T, error_IO[:start])
-        columns = grid.per_column(params, order[start:end], rows, inputs)
+        feedback_IB = factor_II[inputs - end :, inputs - end : inputs - start].flip(0, 1)  # R_kj, k < end
+        feedback_IB = feedback_IB / feedback_IB[start:].diagonal()
+        target_BO = torch.addmm(weight_IO[start:end], feedback_IB[:start].T, error_IO[:start])
+        columns = grid.per_column(params, order_I[start:end], rows, inputs)
         for j in range(end - start):
             behind = slice(start, start + j)
-            target_O = torch.addmv(target_BO[j], error_IO[behind].T, feedback_II[behind, start + j])
+            target_O = torch.addmv(target_BO[j], error_IO[behind].T, feedback_IB[behind, j])
             column = GridParams(columns.scale[:, j : j + 1], None if columns.zero is None else columns.zero[:, j : j + 1])
             codes_O1 = grid.encode(target_O[:, None], column)
             codes_IO[start + j] = codes_O1[:, 0]
             error_IO[start + j] = weight_IO[start + j] - grid.decode(codes_O1, column)[:, 0]
     codes_OI = torch.empty(rows, inputs, dtype=torch.uint8, device=weight_OI.device)
-    codes_OI[:, order] = codes_IO.T
+    codes_OI[:, order_I] = codes_IO.T
     return codes_OI

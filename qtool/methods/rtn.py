@@ -11,6 +11,7 @@ from qtool.methods import Solution
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qtool.calibration.stats import Moments
     from qtool.numerics.grid import IntGrid
 
 SCALES = ("searched", "minmax")
@@ -22,13 +23,13 @@ class RTN:
 
     scales: str = "searched"  # searched: least squared error; minmax: from the range of each group
 
-    needs_data: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
             raise unknown("value of rtn.scales:", self.scales, SCALES)
 
-    def solve(self, weight_OI: Tensor, grid: IntGrid, second_moment_II: Tensor | None) -> Solution:
+    def solve(self, weight_OI: Tensor, grid: IntGrid, moments: Moments | None) -> Solution:
         from qtool.numerics.grid import QTensor
 
         params = grid.fit(weight_OI, search=self.scales == "searched")

@@ -7,6 +7,10 @@ order in which they run. A model that is in no entry can still be quantized by m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,14 @@ ARCHITECTURES = {
     "gemma3_text": LLAMA,
     "phi3": PHI3,
 }
+
+
+def architecture_of(config: dict[str, Any], root: Path) -> Architecture:
+    """The architecture of a config.json. Raises UsageError for one that no entry describes."""
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UsageError(
+            f"{root} is of architecture `{kind}`, which qtool cannot run; it runs {', '.join(sorted(ARCHITECTURES))}",
+            "`qtool quantize --method rtn` needs no data and works on every safetensors checkpoint",
+        )
+    return ARCHITECTURES[kind]

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError, UsageError
-from qtool.models.architectures import ARCHITECTURES, Architecture
+from qtool.models.architectures import architecture_of
 
 ReadWeights = Callable[[Iterable[str]], dict[str, Tensor]]
 
@@ -60,7 +61,7 @@ class BlockModel:
     def __init__(self, root: Path, read: ReadWeights, names: Iterable[str], device: torch.device) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.architecture = architecture_of_folder(root)
+        self.architecture = architecture_of(_config(root), root)
         try:
             self.config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         except (ValueError, OSError, KeyError) as error:
@@ -194,22 +195,9 @@ class BlockModel:
                 self.model._init_weights(module)
 
 
-def architecture_of(config: dict[str, Any], root: Path) -> Architecture:
-    """The architecture of a config.json. Raises UsageError for one that no entry describes."""
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UsageError(
-            f"{root} is of architecture `{kind}`, which qtool cannot run; it runs {', '.join(sorted(ARCHITECTURES))}",
-            "`qtool quantize --method rtn` needs no data and works on every safetensors checkpoint",
-        )
-    return ARCHITECTURES[kind]
-
-
-def architecture_of_folder(root: Path) -> Architecture:
-    import json
-
+def _config(root: Path) -> dict[str, Any]:
     try:
-        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((root / "config.json").read_text(encoding="utf-8"))
     except OSError:
         raise UsageError(f"{root} has no config.json, so the model cannot be run") from None
-    return architecture_of(config, root)
+    return config

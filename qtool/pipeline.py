@@ -1,0 +1,271 @@
+"""The life of a model: plan -> blocks -> codes -> files -> verify. The only module that knows every stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool import __version__
+from qtool.calibration.texts import local_files
+from qtool.checkpoint.hub import locate
+from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
+from qtool.checkpoint.writer import StagedOutput, write_json
+from qtool.errors import QtoolError, UsageError
+from qtool.formats import Format, get_format
+from qtool.formats.weights import format_of
+from qtool.methods import Method, get_method
+from qtool.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from qtool.plan import Plan, make_plan
+from qtool.recipe import Recipe, to_tree
+from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
+from qtool.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from qtool.solver import Solver
+
+Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
+MANIFEST = "manifest.json"
+OWN_FILES = {MANIFEST, "config.json", "quantize_config.json"}
+SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial"}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how to run: nothing here changes what the output means."""
+
+    device: str = "auto"
+    force: bool = False
+    batch_tokens: int = 2048  # that run through a block at once; speed and memory only
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and a recipe, checked against each other: all that can be known before any work."""
+
+    model: str
+    checkpoint: Checkpoint
+    recipe: Recipe
+    method: Method
+    format: Format
+    architecture: Architecture | None
+    plan: Plan
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.method.needs)
+
+
+def prepare(model: str, recipe: Recipe) -> Job:
+    """The job, or a UsageError with everything that is wrong with it. Reads headers only."""
+    method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
+    format = get_format(recipe.format)
+    checkpoint = Checkpoint(locate(model))
+    if format_of(checkpoint):
+        raise UsageError(f"{checkpoint.path} is already quantized", "give the model that it was made from")
+    kind = checkpoint.config.get("model_type")
+    architecture = ARCHITECTURES.get(str(kind))
+    solvable: Callable[[str], bool] = lambda module: True  # noqa: E731
+    if method.needs:
+        if not checkpoint.config:
+            raise UsageError(
+                f"{checkpoint.path} has no config.json, which {recipe.method} needs to run the model",
+                "`--method rtn` needs no data and no model",
+            )
+        architecture = architecture_of(checkpoint.config, checkpoint.path)
+        known = tuple(f".{linear}" for linear in architecture.linears())
+        prefix = architecture.blocks + "."
+        solvable = lambda module: module.startswith(prefix) and module.endswith(known)  # noqa: E731
+    fused = [group for group in architecture.inputs if len(group) > 1] if architecture else []
+    plan = make_plan(checkpoint.tensors, recipe, format.layout, fused, solvable)
+    return Job(model, checkpoint, recipe, method, format, architecture, plan)
+
+
+def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tuple[Report, bool]:
+    """Make OUT; the report, and whether it was up to date already. The output appears whole or not at all.
+
+    Raises UsageError when OUT holds something else and `force` is not set.
+    """
+    watch = Stopwatch()
+    known = _manifest(out) or {}
+    with watch.stage("identify"):
+        progress("identify", 0, 1, str(job.checkpoint.path))
+        source = job.checkpoint.identity(FileIdentity(**f) for f in known.get("source_files", []))
+        identity = _identity(job, source)
+    if not options.force and (out.exists() or out.is_symlink()):
+        report = _existing(out, known, identity)
+        if known.get("evaluation_recipe") != _evaluation_tree(job.recipe) and job.recipe.eval:
+            _evaluate(job, out, report, options, progress, watch)
+            manifest = {**known, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
+            staged = out / (MANIFEST + ".new")
+            write_json(staged, manifest)
+            staged.replace(out / MANIFEST)
+        return report, True
+    from qtool.solver import Solver, pick_device
+
+    device = pick_device(options.device)
+    staged = StagedOutput(out, job.plan.outputs, identity, options.force)
+    resumed = len(staged.done)
+    solver = Solver(job.checkpoint, job.plan, job.method, job.format, staged, device, progress, watch)
+    if job.needs_data:
+        solver.with_data(job.recipe.data, options.batch_tokens)
+    else:
+        solver.without_data()
+    with watch.stage("verify"):
+        if job.checkpoint.config:
+            entry = job.format.config(*_modules(job.plan))
+            write_json(staged.folder / "config.json", {**job.checkpoint.config, "quantization_config": entry})
+        staged.write_index()
+        staged.copy_files(_rest_of_files(job.checkpoint))
+        _verify(job, staged, progress)
+    report = _report(job, out, solver, staged, resumed)
+    _evaluate(job, staged.folder, report, options, progress, watch)
+    report.stages_s, report.wall_s, report.peak_memory_bytes = watch.stages_s, watch.wall_s, peak_memory_bytes()
+    files = sorted(p for p in staged.folder.iterdir() if p.suffix != ".jsonl")
+    manifest = {
+        "qtool": __version__,
+        "identity": identity,
+        "evaluation_recipe": _evaluation_tree(job.recipe),
+        "source_files": [asdict(f) for f in source],
+        "files": [{"name": p.name, "size_bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files],
+        "report": report.to_tree(),
+    }
+    staged.publish(manifest)
+    return report, False
+
+
+def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
+    """What decides the bytes of the output: a run with the same identity is the same run."""
+    recipe = to_tree(job.recipe)
+    recipe.pop("eval")
+    recipe.pop("strict")
+    for name in job.recipe.options:
+        recipe.pop(name)
+    recipe[job.recipe.method] = asdict(job.method)  # type: ignore[call-overload]
+    data = None
+    if job.needs_data:
+        data = {str(path): sha256_file(path) for path in local_files(job.recipe.data)}
+    else:
+        recipe.pop("data")
+    weights = {f.name: f.sha256 for f in source}
+    return {"qtool": __version__, "recipe": recipe, "source": weights, "data_files": data}
+
+
+def _manifest(out: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "identity" in manifest else None
+
+
+def _existing(out: Path, manifest: Mapping[str, Any], identity: dict[str, Any]) -> Report:
+    """The report of an output that is there already. Raises UsageError unless it is this very run's."""
+    if not manifest:
+        raise UsageError(f"{out} exists and was not made by qtool", "give another -o/--output, or replace it with --force")
+    difference = _difference(manifest["identity"], identity)
+    if difference:
+        raise UsageError(
+            f"{out} was made otherwise: {difference}", "give another -o/--output, or replace it with --force"
+        )
+    for file in manifest["files"]:
+        path = out / file["name"]
+        if not path.is_file() or path.stat().st_size != file["size_bytes"]:
+            raise UsageError(f"{out} is damaged: {file['name']} is missing or has changed", "make it again with --force")
+    return Report.from_tree(manifest["report"])
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first key in which two identities differ, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*new, *old]):
+            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            if found:
+                return found
+        return ""
+    return "" if old == new else f"{path} was `{old}` and is now `{new}`"
+
+
+def _modules(plan: Plan) -> tuple[dict[str, QuantScheme], list[str]]:
+    """The quantized modules with their schemes, and the modules that a reader must not expect to be quantized."""
+    schemes = {linear.module: linear.scheme for linear in plan.linears}
+    matrices = [k.source.name for k in plan.kept if len(k.source.shape) >= 2]
+    left = {name.removesuffix(".weight") for name in matrices}
+    return schemes, sorted(left | {"lm_head"})  # a tied head is in no file
+
+
+def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:
+    """Tokenizer, generation config, licence and whatever else stands beside the weights."""
+    if checkpoint.path.is_file():
+        return []
+    names = OWN_FILES | {INDEX}
+    files = sorted(p for p in checkpoint.root.iterdir() if p.is_file() and p.name not in names)
+    return [p for p in files if not p.name.startswith(".") and p.suffix not in SKIPPED_SUFFIXES]
+
+
+def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
+    """Read everything back: the bytes of each tensor, and that each linear unpacks to exactly what was solved."""
+    from qtool.solver import digest, digest_bytes, read_back
+
+    written = Checkpoint(staged.folder)
+    for done, unit in enumerate(job.plan.units):
+        record = staged.done[unit.name]
+        for name, tensor in written.read_many(record["tensors"]):
+            if digest_bytes(tensor) != record["tensors"][name]:
+                raise QtoolError(f"`{name}` reads back other bytes than were written to {staged.folder}: a faulty disk?")
+        for linear in unit.linears:
+            if digest(read_back(written, job.plan, job.format, linear)) != record["solved"][linear.module]:
+                raise QtoolError(f"`{linear.module}` does not unpack to what was solved: please report this bug")
+        progress("verify", done + 1, len(job.plan.units), unit.name)
+
+
+def _report(job: Job, out: Path, solver: Solver, staged: StagedOutput, resumed: int) -> Report:
+    layers = [
+        LayerRecord(**{**x, "shape": tuple(x["shape"]), "notes": tuple(x["notes"])})
+        for unit in job.plan.units
+        for x in staged.done[unit.name]["layers"]
+    ]
+    kept = [KeptRecord(k.source.name, k.source.dtype, k.source.size_bytes, k.reason) for k in job.plan.kept]
+    readers = sorted({job.format.readers(linear.scheme) for linear in job.plan.linears}, key=len)
+    unasked = [k for k in job.plan.kept if not k.asked]
+    notes = [f"{len(unasked)} tensors were left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
+    return Report(
+        model=job.model,
+        output=str(out),
+        architecture=str(job.checkpoint.config.get("model_type", "unknown")),
+        scheme=str(QuantScheme.parse(job.recipe.scheme)),
+        method=job.recipe.method,
+        format=job.recipe.format,
+        readers=readers[-1],
+        layers=layers,
+        kept=kept,
+        bytes_before=job.checkpoint.size_bytes,
+        bytes_after=job.plan.size_bytes,
+        bits_per_weight=job.plan.bits_per_weight,
+        notes=[*solver.notes, *notes],
+        data=solver.data_record(),
+        device=str(solver.device),
+        resumed_units=resumed,
+        versions=versions("torch", "transformers", "safetensors"),
+    )
+
+
+def _evaluation_tree(recipe: Recipe) -> dict[str, Any] | None:
+    return asdict(recipe.eval) if recipe.eval else None
+
+
+def _evaluate(
+    job: Job, folder: Path, report: Report, options: RunOptions, progress: Progress, watch: Stopwatch
+) -> None:
+    """Measure the written model against its source, if the recipe asks for it, and hold it to the gates."""
+    if job.recipe.eval is None:
+        return
+    from qtool.evaluation.evaluate import evaluate
+    from qtool.evaluation.gates import check_gates
+
+    with watch.stage("evaluate"):
+        result = evaluate(folder, job.checkpoint.path, job.recipe.eval, options.device, progress)
+    report.evaluation = result.to_tree()
+    report.gates = check_gates(result, job.recipe.eval)

@@ -1,0 +1,254 @@
+"""Headers x recipe -> what happens to each tensor, with every impossible shape and unknown name at once.
+
+Tensors are grouped into units, the steps of a run: `model.layers.3` and so on by the first number in a
+name, and one unit for all that is outside such a list. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+
+from qtool.errors import UsageError
+from qtool.headers import DTYPE_BITS, WEIGHT_DTYPES, TensorInfo, scale_dtype
+from qtool.recipe import DEFAULT_IGNORE, Recipe
+from qtool.scheme import QuantScheme
+
+OUTSIDE = "outside the blocks"
+SHARD_BYTES = 5_000_000_000
+Layout = Callable[[str, QuantScheme, tuple[int, ...], str], list[TensorInfo]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight [out, in] that is quantized; `module` is its name without `.weight`."""
+
+    module: str
+    source: TensorInfo
+    scheme: QuantScheme
+
+    @property
+    def size_bits(self) -> int:
+        return self.scheme.size_bits(self.source.shape)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that stays as it is; `asked` when the recipe says so or nothing else was possible to ask."""
+
+    source: TensorInfo
+    reason: str
+    asked: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One step: what it reads, and what it writes."""
+
+    name: str
+    linears: tuple[Linear, ...]
+    kept: tuple[Kept, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every tensor; `outputs` are the tensors written, each with its file."""
+
+    units: tuple[Unit, ...]
+    outputs: dict[str, TensorInfo]
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [linear for unit in self.units for linear in unit.linears]
+
+    @property
+    def kept(self) -> list[Kept]:
+        return [kept for unit in self.units for kept in unit.kept]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.outputs.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized weights, scales and zeros included."""
+        return sum(linear.size_bits for linear in self.linears) / sum(prod(linear.source.shape) for linear in self.linears)
+
+
+def make_plan(
+    tensors: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    layout: Layout,
+    fused: Iterable[tuple[str, ...]] = (),
+    solvable: Callable[[str], bool] = lambda module: True,
+) -> Plan:
+    """The plan for a checkpoint's headers. `fused` names linears (relative to a block) that are served as one;
+    `solvable` says which modules the method can work on. Raises UsageError with every problem in it."""
+    problems: list[str] = []
+    hints: list[str] = []
+    default = QuantScheme.parse(recipe.scheme)
+    overrides = {pattern: QuantScheme.parse(scheme) for pattern, scheme in recipe.layers.items()}
+    linears: list[Linear] = []
+    kept: list[Kept] = []
+    modules = []
+    for info in tensors.values():
+        module = info.name.removesuffix(".weight")
+        reason = _why_kept(info, recipe.ignore)
+        if reason:
+            kept.append(reason)
+            modules.append(module)
+            continue
+        scheme = default
+        for pattern, override in overrides.items():
+            scheme = override if matches(module, pattern) else scheme
+        linears.append(Linear(module, info, scheme))
+        modules.append(module)
+    _check_patterns(recipe, modules, linears, problems, hints)
+    _check_shapes(linears, problems, hints)
+    _check_solvable([x for x in linears if not solvable(x.module)], recipe.method, problems, hints)
+    _check_fused(linears, tuple(fused), problems, hints)
+    if not linears and not problems:
+        problems.append("no tensor of this checkpoint is a linear layer to quantize")
+    unasked = [k for k in kept if not k.asked]
+    if recipe.strict and unasked:
+        problems.append(f"--strict: `{unasked[0].source.name}` would be left alone: {unasked[0].reason}{_more(unasked)}")
+        hints.append("name what may stay as it is with --ignore")
+    if problems:
+        raise UsageError("\n".join(problems), hints[0] if hints else None)
+    units = _units(linears, kept)
+    return Plan(units, _assign_files(units, layout))
+
+
+def matches(module: str, pattern: str) -> bool:
+    """Whether a shell pattern (`*.down_proj`), or a regular expression after `re:`, names a module."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], module) is not None
+    return fnmatchcase(module, pattern)
+
+
+def unit_of(name: str) -> str:
+    """The unit of a tensor: its name up to the first number in it."""
+    match = re.match(r"(.*?\.\d+)(?:\.|$)", name)
+    return match[1] if match else OUTSIDE
+
+
+def _why_kept(info: TensorInfo, ignore: Iterable[str]) -> Kept | None:
+    module = info.name.removesuffix(".weight")
+    for pattern in ignore:
+        if matches(module, pattern):
+            return Kept(info, f"ignored by `{pattern}`", True)
+    if len(info.shape) < 2:
+        return Kept(info, "a vector, not a matrix", True)
+    if len(info.shape) > 2:
+        return Kept(info, f"{len(info.shape)}-D tensors are not supported", False)
+    if module == info.name:
+        return Kept(info, "its name does not end in `.weight`", False)
+    if info.dtype not in WEIGHT_DTYPES:
+        return Kept(info, f"stored as {info.dtype}", False)
+    return None
+
+
+def _check_patterns(
+    recipe: Recipe, modules: list[str], linears: list[Linear], problems: list[str], hints: list[str]
+) -> None:
+    quantized = [linear.module for linear in linears]
+    asked = [(p, quantized, "--layer") for p in recipe.layers]
+    asked += [(p, modules, "--ignore") for p in recipe.ignore if p not in DEFAULT_IGNORE]
+    for pattern, candidates, flag in asked:
+        try:
+            found = any(matches(module, pattern) for module in candidates)
+        except re.error as error:
+            problems.append(f"{flag} pattern `{pattern}` is not a regular expression: {error}")
+            continue
+        if not found:
+            what = "layer to quantize" if flag == "--layer" else "tensor"
+            problems.append(f"{flag} pattern `{pattern}` matches no {what} (for example `{candidates[0] if candidates else '-'}`)")
+            if any(pattern in module for module in candidates):
+                hints.append(f"patterns match whole names: try `*{pattern}*`")
+
+
+def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) -> None:
+    by_cause: dict[tuple[str, str], list[Linear]] = {}
+    for linear in linears:
+        cause = linear.scheme.shape_error(linear.source.shape)
+        if cause:
+            by_cause.setdefault((str(linear.scheme), cause), []).append(linear)
+    for (scheme, cause), members in by_cause.items():
+        problems.append(f"`{members[0].source.name}` cannot use {scheme}: {cause}{_more(members)}")
+        kind = members[0].module.rpartition(".")[2]
+        inputs = members[0].source.shape[1]
+        divisor = inputs & -inputs  # the largest power of two that divides
+        smaller = f", or use `--scheme int{members[0].scheme.bits}-g{divisor}-sym`" if 16 <= divisor else ""
+        hints.append(f"give these layers another scheme: `--layer '*.{kind}=int8-channel-sym'`{smaller}")
+
+
+def _check_solvable(unsolvable: list[Linear], method: str, problems: list[str], hints: list[str]) -> None:
+    if unsolvable:
+        first = unsolvable[0].module
+        problems.append(
+            f"`{first}` is not among the linear layers that {method} has data for{_more(unsolvable)}"
+        )
+        hints.append(f"leave it alone with `--ignore '*{first.rpartition('.')[2]}'`, or use `--method rtn`")
+
+
+def _check_fused(linears: list[Linear], fused: tuple[tuple[str, ...], ...], problems: list[str], hints: list[str]) -> None:
+    by_module = {linear.module: linear for linear in linears}
+    differing = []
+    for linear in linears:
+        for group in fused:
+            if linear.module.endswith("." + group[0]):
+                prefix = linear.module.removesuffix(group[0])
+                schemes = {m: by_module[prefix + m].scheme if prefix + m in by_module else None for m in group}
+                if len(set(schemes.values())) > 1:
+                    differing.append((prefix, schemes))
+    if differing:
+        prefix, schemes = differing[0]
+        listed = ", ".join(f"{m.rpartition('.')[2]} {s or 'left alone'}" for m, s in schemes.items())
+        problems.append(f"`{prefix}*` are served as one layer but have several schemes: {listed}{_more(differing)}")
+        names = "|".join(m.rpartition(".")[2] for m in schemes)
+        hints.append(f"give them one scheme: `--layer 're:({names})$={next(s for s in schemes.values() if s)}'`")
+
+
+def _more(members: list) -> str:  # type: ignore[type-arg]
+    return f" ({len(members) - 1} more like it)" if len(members) > 1 else ""
+
+
+def _units(linears: list[Linear], kept: list[Kept]) -> tuple[Unit, ...]:
+    names = {unit_of(x.source.name): None for x in [*kept, *linears]}
+    ordered = sorted(names, key=lambda n: (n != OUTSIDE, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]))
+    return tuple(
+        Unit(
+            name,
+            tuple(x for x in linears if unit_of(x.source.name) == name),
+            tuple(x for x in kept if unit_of(x.source.name) == name),
+        )
+        for name in ordered
+    )
+
+
+def _assign_files(units: Iterable[Unit], layout: Layout) -> dict[str, TensorInfo]:
+    """Every tensor that is written, in order, with the shard it goes to."""
+    outputs: list[TensorInfo] = []
+    for unit in units:
+        outputs += [kept.source for kept in unit.kept]
+        for linear in unit.linears:
+            outputs += layout(linear.module, linear.scheme, linear.source.shape, scale_dtype(linear.source.dtype))
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in outputs:
+        if filled and filled + info.size_bytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(info)
+        filled += info.size_bytes
+    total = len(shards)
+    result = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+        # safetensors wants each tensor aligned to its own type: wide types first
+        for info in sorted(shard, key=lambda i: (-DTYPE_BITS[i.dtype], i.name)):
+            result[info.name] = replace(info, file=file)
+    return result

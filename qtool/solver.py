@@ -1,0 +1,300 @@
+"""Solving a plan unit by unit: without a model where nothing needs data, else block by block.
+
+A finished unit is packed, written and recorded before the next begins. An interrupted run puts the
+finished blocks' written weights back and lets the rows advance through them, so that it ends with the
+same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qtool.calibration.stats import InputStats, Moments, inputs_of
+from qtool.calibration.tokens import Tokenizer, TokenRows, batches, calibration_rows, too_little_data
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.writer import StagedOutput
+from qtool.formats import Format
+from qtool.formats.weights import Weights, check_finite
+from qtool.headers import scale_dtype
+from qtool.methods import Method, Solution
+from qtool.models.blockwise import BlockModel, Stream
+from qtool.numerics.grid import IntGrid, QTensor, grid_of
+from qtool.plan import Linear, Plan, Unit
+from qtool.recipe import DataSpec
+from qtool.report.model import LayerRecord, Stopwatch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, then MPS, then the CPU. Raises UsageError when it is not there."""
+    from qtool.errors import UsageError
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    if not present.get(name.partition(":")[0], False):
+        there = ", ".join(kind for kind, is_there in present.items() if is_there)
+        raise UsageError(f"device `{name}` is not available; here there is: {there}")
+    return torch.device(name)
+
+
+def digest(weight: QTensor) -> str:
+    """sha256 of what was solved: codes, scales and zeros."""
+    parts = [weight.codes, weight.params.scale, *([] if weight.params.zero is None else [weight.params.zero])]
+    return hashlib.sha256("".join(map(digest_bytes, parts)).encode()).hexdigest()
+
+
+def digest_bytes(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+class Solver:
+    """Fills a staged output. `rows` are the calibration rows, once there are any; `notes` what a person should know."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        method: Method,
+        format: Format,
+        staged: StagedOutput,
+        device: torch.device,
+        progress: Progress,
+        watch: Stopwatch,
+    ) -> None:
+        self.checkpoint, self.plan, self.method, self.format = checkpoint, plan, method, format
+        self.staged, self.device, self.progress, self.watch = staged, device, progress, watch
+        self.notes: list[str] = []
+        self.rows: TokenRows | None = None
+
+    def without_data(self) -> None:
+        """Every unit that is not done, tensor by tensor, with no model."""
+        for unit in self.plan.units:
+            if unit.name not in self.staged.done:
+                record = _UnitRecord(self)
+                for linear in unit.linears:
+                    record.add([linear], self._solve([linear], [self._source(linear)], None))
+                self._finish(unit, record)
+
+    def with_data(self, spec: DataSpec, batch_tokens: int) -> None:
+        """Every unit that is not done, block by block, over the calibration rows that `spec` names."""
+        undone = [unit for unit in self.plan.units if unit.name not in self.staged.done]
+        for unit in undone:
+            if not unit.linears:
+                self._finish(unit, _UnitRecord(self))
+        wanted = {unit.name for unit in undone if unit.linears}
+        if not wanted:
+            return
+        with self.watch.stage("calibrate"):
+            weights = Weights(self.checkpoint)
+            model = BlockModel(self.checkpoint.root, weights.read, weights.shapes, self.device)
+            tokenizer = Tokenizer(self.checkpoint.root, model.config.vocab_size)
+            self.rows = calibration_rows(spec, tokenizer, model.context)
+            self._check_amount(self.rows)
+            rows = _Rows(model, self.rows, batch_tokens, cross="cross" in self.method.needs)
+        units = {unit.name: unit for unit in self.plan.units}
+        last = max(i for i in range(len(model.blocks)) if model.block_name(i) in wanted)
+        for index in range(last + 1):
+            unit = units[model.block_name(index)]
+            with model.block(index) as block:
+                with self.watch.stage("calibrate"):
+                    rows.enter(block, index)
+                if unit.name in wanted:
+                    self._solve_block(model.architecture.inputs, block, unit, rows)
+                else:
+                    self._put_back(unit, block)
+                if index < last:
+                    with self.watch.stage("calibrate"):
+                        rows.leave(block)
+
+    def data_record(self) -> dict[str, Any] | None:
+        """What the calibration data was; None when none was used in this run."""
+        if self.rows is None:
+            return None
+        return {"source": self.rows.source, "rows": len(self.rows.rows), "tokens": self.rows.tokens,
+                "sha256": self.rows.sha256}  # fmt: skip
+
+    def _solve_block(self, inputs: Iterable[tuple[str, ...]], block: nn.Module, unit: Unit, rows: _Rows) -> None:
+        linears = {linear.module.removeprefix(unit.name + "."): linear for linear in unit.linears}
+        groups = [group for group in inputs if group[0] in linears]
+        record = _UnitRecord(self)
+        # with the cross moment each input is measured after the linears before it were solved
+        for step in [[group] for group in groups] if rows.cross else [groups]:
+            with self.watch.stage("calibrate"):
+                stats = rows.measure(block, [group[0] for group in step])
+            for group in step:
+                moments = stats.pop(group[0]).moments(f"{unit.name}.{group[0]}")
+                # linears that share an input are solved as one, unless each has one scale for all of its weights
+                whole = linears[group[0]].scheme.granularity == "tensor"
+                for part in [[name] for name in group] if whole else [list(group)]:
+                    members = [linears[name] for name in part]
+                    weights = [block.get_submodule(name).weight for name in part]
+                    solved = self._solve(members, weights, moments)
+                    record.add(members, solved)
+                    for weight, (quantized, _) in zip(weights, solved, strict=True):
+                        weight.copy_(quantized.dequantize())
+        self._finish(unit, record)
+
+    def _solve(
+        self, linears: list[Linear], weights: list[Tensor], moments: Moments | None
+    ) -> list[tuple[QTensor, LayerRecord]]:
+        """Solve linears of one scheme and one input together; each one's result and record."""
+        start = time.perf_counter()
+        with self.watch.stage("solve"):
+            weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
+            grid = self._grid(linears[0])
+            solution = self.method.solve(weight_OI, grid, moments)
+            parts = solution.weight.split([len(w) for w in weights]) if len(weights) > 1 else [solution.weight]
+        with self.watch.stage("measure"):
+            errors = [_errors(w, q, moments.second_II if moments else None) for w, q in zip(weights, parts, strict=True)]
+        wall_s = time.perf_counter() - start
+        return [
+            (part, _layer_record(linear, error, wall_s * len(weight) / len(weight_OI), solution))
+            for linear, weight, part, error in zip(linears, weights, parts, errors, strict=True)
+        ]
+
+    def _grid(self, linear: Linear) -> IntGrid:
+        return grid_of(linear.scheme, TORCH_DTYPES[scale_dtype(linear.source.dtype)])
+
+    def _source(self, linear: Linear) -> Tensor:
+        with self.watch.stage("read"):
+            weight = self.checkpoint.read(linear.source.name).to(self.device).float()
+            check_finite(linear.source.name, weight)
+            return weight
+
+    def _put_back(self, unit: Unit, block: nn.Module) -> None:
+        """The written weights of a finished unit back into its block."""
+        written = Checkpoint(self.staged.folder)
+        for linear in unit.linears:
+            weight = read_back(written, self.plan, self.format, linear).dequantize()
+            block.get_submodule(linear.module.removeprefix(unit.name + ".")).weight.copy_(weight)
+
+    def _check_amount(self, rows: TokenRows) -> None:
+        widest = max(linear.source.shape[1] for linear in self.plan.linears)
+        note = too_little_data(rows.tokens, widest, len(rows.rows[0]))
+        if note:
+            self.notes.append(note)
+
+    def _finish(self, unit: Unit, record: _UnitRecord) -> None:
+        with self.watch.stage("write"):
+            for kept in unit.kept:
+                record.tensors[kept.source.name] = self.staged.write(
+                    kept.source.name, self.checkpoint.read(kept.source.name)
+                )
+            self.staged.finish_unit(unit.name, record.to_tree())
+        errors = [layer.output_error or layer.weight_error for layer in record.layers]
+        detail = f"{unit.name}: {len(errors)} layers, relative error {max(errors):.4f} at most" if errors else unit.name
+        self.progress("quantize", len(self.staged.done), len(self.plan.units), detail)
+
+
+class _UnitRecord:
+    """What is written of a unit, for the journal, the report and the verification."""
+
+    def __init__(self, solver: Solver) -> None:
+        self.solver = solver
+        self.layers: list[LayerRecord] = []
+        self.tensors: dict[str, str] = {}  # sha256 of the bytes of each tensor written
+        self.solved: dict[str, str] = {}  # digest of what was solved for each module
+
+    def add(self, linears: list[Linear], solved: list[tuple[QTensor, LayerRecord]]) -> None:
+        with self.solver.watch.stage("write"):
+            for linear, (weight, record) in zip(linears, solved, strict=True):
+                for name, tensor in self.solver.format.pack(linear.module, weight).items():
+                    self.tensors[name] = self.solver.staged.write(name, tensor)
+                self.solved[linear.module] = digest(weight)
+                self.layers.append(record)
+
+    def to_tree(self) -> dict[str, Any]:
+        return {"layers": [asdict(layer) for layer in self.layers], "tensors": self.tensors, "solved": self.solved}
+
+
+class _Rows:
+    """The calibration rows on their way through the blocks; with `cross`, through the float model as well."""
+
+    def __init__(self, model: BlockModel, rows: TokenRows, batch_tokens: int, cross: bool) -> None:
+        self.model, self.cross = model, cross
+        self.stream = model.start(batch for batch, _ in batches(rows.rows, batch_tokens))
+        self.float_stream = Stream(list(self.stream.hidden), self.stream.arguments) if cross else None
+        self.float_block: nn.Module | None = None
+        self.index = 0
+
+    def enter(self, block: nn.Module, index: int) -> None:
+        """Before anything of a block is solved."""
+        self.index = index
+        if self.cross:
+            self.float_block = copy.deepcopy(block)
+
+    def measure(self, block: nn.Module, layers: list[str]) -> dict[str, InputStats]:
+        """Statistics of the inputs of these linears, as the block is now."""
+        features = {layer: block.get_submodule(layer).in_features for layer in layers}
+        stats = {layer: InputStats.empty(n, self.cross, self.model.device) for layer, n in features.items()}
+        for batch in range(len(self.stream.hidden)):
+            inputs = self._inputs(block, self.stream, batch, layers)
+            float_inputs = {}
+            if self.float_block is not None and self.float_stream is not None:
+                float_inputs = self._inputs(self.float_block, self.float_stream, batch, layers)
+            for layer in layers:
+                stats[layer].add(inputs[layer], float_inputs.get(layer))
+        return stats
+
+    def leave(self, block: nn.Module) -> None:
+        """The rows advance to the next block."""
+        for module, stream in ((block, self.stream), (self.float_block, self.float_stream)):
+            if module is not None and stream is not None:
+                for batch in range(len(stream.hidden)):
+                    stream.hidden[batch] = self.model.run(module, self.index, stream, batch)
+        self.float_block = None
+
+    def _inputs(self, block: nn.Module, stream: Stream, batch: int, layers: list[str]) -> dict[str, Tensor]:
+        return inputs_of(lambda: self.model.run(block, self.index, stream, batch), block, layers)
+
+
+def read_back(written: Checkpoint, plan: Plan, format: Format, linear: Linear) -> QTensor:
+    """A linear as it stands in the written files."""
+    layout = format.layout(linear.module, linear.scheme, linear.source.shape, scale_dtype(linear.source.dtype))
+    return format.unpack(linear.module, dict(written.read_many(t.name for t in layout)), linear.scheme)
+
+
+def _errors(weight_OI: Tensor, quantized: QTensor, moment_II: Tensor | None) -> tuple[float, float | None]:
+    """Relative Frobenius errors of a weight and, given the second moment of its inputs, of its output."""
+    error_OI = quantized.dequantize().sub_(weight_OI)
+    relative = _ratio(error_OI.square().sum(), weight_OI.square().sum())
+    if moment_II is None:
+        return relative, None
+    lost = ((error_OI @ moment_II) * error_OI).sum()
+    return relative, _ratio(lost, ((weight_OI @ moment_II) * weight_OI).sum())
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    """The square root of a share, 0 where the whole is 0."""
+    return math.sqrt(max(float(part), 0.0) / float(whole)) if float(whole) > 0 else 0.0
+
+
+def _layer_record(
+    linear: Linear, errors: tuple[float, float | None], wall_s: float, solution: Solution
+) -> LayerRecord:
+    shape = linear.source.shape
+    return LayerRecord(
+        module=linear.module,
+        scheme=str(linear.scheme),
+        shape=shape,
+        bits_per_weight=linear.scheme.bits_per_weight(shape),
+        weight_error=errors[0],
+        output_error=errors[1],
+        wall_s=wall_s,
+        notes=tuple(solution.notes),
+    )
