@@ -103,7 +103,8 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
             write_json(staged, manifest)
             staged.replace(out / MANIFEST)
         return report, True
-    from qtool.solver import Solver, pick_device
+    from qtool.models.blockwise import pick_device
+    from qtool.solver import Solver
 
     device = pick_device(options.device)
     staged = StagedOutput(out, job.plan.outputs, identity, options.force)

@@ -38,19 +38,6 @@ Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in a
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, then MPS, then the CPU. Raises UsageError when it is not there."""
-    from qtool.errors import UsageError
-
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present.get(name.partition(":")[0], False):
-        there = ", ".join(kind for kind, is_there in present.items() if is_there)
-        raise UsageError(f"device `{name}` is not available; here there is: {there}")
-    return torch.device(name)
-
-
 def digest(weight: QTensor) -> str:
     """sha256 of what was solved: codes, scales and zeros."""
     parts = [weight.codes, weight.params.scale, *([] if weight.params.zero is None else [weight.params.zero])]

@@ -201,3 +201,14 @@ def _config(root: Path) -> dict[str, Any]:
     except OSError:
         raise UsageError(f"{root} has no config.json, so the model cannot be run") from None
     return config
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, then MPS, then the CPU. Raises UsageError when it is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    if not present.get(name.partition(":")[0], False):
+        there = ", ".join(kind for kind, is_there in present.items() if is_there)
+        raise UsageError(f"device `{name}` is not available; here there is: {there}")
+    return torch.device(name)

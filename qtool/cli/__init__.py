@@ -1,0 +1,83 @@
+"""The command line. Each subcommand is a thin module; heavy imports happen inside the commands.
+
+Exit codes: 0 done or up to date, 1 failed, 2 wrong usage or recipe, 3 a gate was missed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from qtool import __version__
+from qtool.cli import eval_ppl, inspect, quantize, state
+from qtool.errors import QtoolError
+
+app = typer.Typer(
+    name="qtool",
+    help="Make language models smaller, and know what it cost.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+app.command("quantize", no_args_is_help=True)(quantize.command)
+app.command("eval-ppl", no_args_is_help=True)(eval_ppl.command)
+app.command("inspect", no_args_is_help=True)(inspect.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\b.*")
+    try:
+        code = app(args=arguments, prog_name="qtool", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return state.console.error(KeyboardInterrupt())
+    except BrokenPipeError:  # `qtool ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return state.console.error(
+                QtoolError(
+                    f"no space left on the device while writing {error.filename or 'the output'}",
+                    "free some space and run the same command again: it goes on where it stopped",
+                )
+            )
+        return state.console.error(error)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of typer
+            context = getattr(error, "ctx", None)
+            hint = f"{context.command_path} --help" if context else "qtool --help"
+            if error.format_message():
+                state.console.error(QtoolError(error.format_message(), f"see `{hint}`"))
+            return int(error.exit_code)
+        return state.console.error(error)

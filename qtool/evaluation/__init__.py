@@ -1,0 +1,1 @@
+"""Token losses -> perplexity with its error, paired deltas, KL divergence, gates."""

@@ -1,0 +1,154 @@
+"""One evaluation: a model, optionally beside a baseline, on one data set under one protocol."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool.calibration.tokens import Tokenizer
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import UsageError
+from qtool.evaluation import statistics
+from qtool.evaluation.losses import Progress, TokenLosses, token_losses
+from qtool.evaluation.protocols import EvalRows, eval_rows, scored_bytes
+from qtool.evaluation.statistics import Estimate
+from qtool.formats.weights import Weights
+from qtool.models.blockwise import BlockModel, pick_device
+from qtool.recipe import EvalSpec
+from qtool.report.model import peak_memory_bytes
+
+WORST_PLACES = 10
+CONTEXT_TOKENS = 12  # shown before each of the worst places
+
+
+@dataclass(frozen=True)
+class WorstPlace:
+    """A token whose distribution changed most."""
+
+    row: int
+    position: int
+    kl: float
+    context: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model against its baseline, paired token by token; divergences in nats per token."""
+
+    baseline: str
+    perplexity: Estimate  # of the baseline
+    delta: Estimate  # of the perplexity
+    relative_increase: Estimate
+    delta_nats: Estimate
+    kl: Estimate
+    kl_percentiles: dict[str, float]
+    top1_agreement: Estimate
+    rms_delta_p: float
+    worst: list[WorstPlace]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured and on what."""
+
+    model: str
+    data: str
+    data_sha256: str  # of the token rows
+    protocol: str
+    context: int
+    stride: int | None
+    tokenizer: str
+    rows: int
+    tokens: int
+    perplexity: Estimate
+    bits_per_byte: float
+    tokens_per_s: float
+    wall_s: float
+    peak_memory_bytes: int
+    comparison: Comparison | None
+
+    def to_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, progress: Progress) -> Evaluation:
+    """Measure the model in `path`, dense or packed, beside the one in `base_path`.
+
+    Raises UsageError when the two do not take the same tokens.
+    """
+    started = time.perf_counter()
+    target = pick_device(device)
+    model = _open(path, target)
+    tokenizer = Tokenizer(model_root(path), model.config.vocab_size)
+    context = model.context
+    base = None
+    if base_path:
+        base = _open(base_path, target)
+        base_tokenizer = Tokenizer(model_root(base_path), base.config.vocab_size)
+        if base_tokenizer.sha256 != tokenizer.sha256:
+            raise UsageError(f"{path} and {base_path} have different tokenizers: their tokens cannot be compared")
+        if base.config.vocab_size != model.config.vocab_size:
+            raise UsageError(f"{path} predicts {model.config.vocab_size} tokens, {base_path} {base.config.vocab_size}")
+        context = min(context, base.context)
+    rows = eval_rows(spec, tokenizer, context)
+    losses = token_losses(model, base, rows, progress)
+    size = sum(scored_bytes(row, first, tokenizer) for row, first in zip(rows.rows, rows.first_scored, strict=True))
+    return Evaluation(
+        model=str(path),
+        data=spec.data.source,
+        data_sha256=rows.sha256,
+        protocol=spec.protocol,
+        context=rows.context,
+        stride=spec.stride,
+        tokenizer=tokenizer.name,
+        rows=len(rows.rows),
+        tokens=rows.tokens,
+        perplexity=statistics.perplexity(losses.loss, losses.row),
+        bits_per_byte=float(losses.loss.sum()) / math.log(2) / size,
+        tokens_per_s=sum(len(row) for row in rows.rows) / losses.model_s,
+        wall_s=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        comparison=_compare(str(base_path), losses, rows, tokenizer) if base_path else None,
+    )
+
+
+def model_root(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def _open(path: Path, device: Any) -> BlockModel:
+    weights = Weights(Checkpoint(path))
+    return BlockModel(model_root(path), weights.read, weights.shapes, device)
+
+
+def _compare(baseline: str, losses: TokenLosses, rows: EvalRows, tokenizer: Tokenizer) -> Comparison:
+    assert losses.base_loss is not None and losses.kl is not None
+    assert losses.agree is not None and losses.delta_p is not None
+    loss, base, row = losses.loss, losses.base_loss, losses.row
+    return Comparison(
+        baseline=baseline,
+        perplexity=statistics.perplexity(base, row),
+        delta=statistics.perplexity_delta(loss, base, row),
+        relative_increase=statistics.perplexity_ratio(loss, base, row),
+        delta_nats=statistics.mean(loss - base, row),
+        kl=statistics.mean(losses.kl, row),
+        kl_percentiles=statistics.percentiles(losses.kl),
+        top1_agreement=statistics.mean(losses.agree, row),
+        rms_delta_p=float(losses.delta_p.square().mean().sqrt()),
+        worst=_worst(losses, rows, tokenizer),
+    )
+
+
+def _worst(losses: TokenLosses, rows: EvalRows, tokenizer: Tokenizer) -> list[WorstPlace]:
+    assert losses.kl is not None
+    places = []
+    for at in losses.kl.argsort(descending=True, stable=True)[:WORST_PLACES].tolist():
+        row, position = int(losses.row[at]), int(losses.position[at])
+        ids: list[int] = rows.rows[row].tolist()
+        before = tokenizer.decode(ids[max(0, position - CONTEXT_TOKENS) : position])
+        places.append(WorstPlace(row, position, float(losses.kl[at]), before, tokenizer.decode([ids[position]])))
+    return places
