@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
 from qtool.checkpoint.writer import StagedOutput, write_json
 from qtool.errors import QtoolError, UsageError
+from qtool.estimate import estimate
 from qtool.formats import Format, get_format
 from qtool.formats.weights import format_of
 from qtool.methods import Method, get_method
 from qtool.models.architectures import ARCHITECTURES, Architecture, architecture_of
-from qtool.plan import Plan, make_plan
+from qtool.plan import Linear, Plan, kind_of, make_plan
 from qtool.recipe import Recipe, to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
 from qtool.scheme import QuantScheme
@@ -83,6 +85,39 @@ def prepare(model: str, recipe: Recipe) -> Job:
     return Job(model, checkpoint, recipe, method, format, architecture, plan)
 
 
+def describe(job: Job) -> dict[str, Any]:
+    """What a run would do and about what it would take; see `qtool.estimate` for the last two."""
+    kinds: dict[tuple[str, str], list[Linear]] = {}
+    for linear in job.plan.linears:
+        kinds.setdefault((kind_of(linear.module), str(linear.scheme)), []).append(linear)
+    reasons: dict[str, list[int]] = {}
+    for kept in job.plan.kept:
+        reasons.setdefault(kept.reason, []).append(kept.source.size_bytes)
+    memory_bytes, wall_s = estimate(job.plan, job.method.needs, job.recipe.data, job.checkpoint.config)
+    return {
+        "model": job.model,
+        "architecture": job.checkpoint.config.get("model_type", "unknown"),
+        "method": job.recipe.method,
+        "format": job.recipe.format,
+        "readers": _readers(job),
+        "layers": [
+            {
+                "kind": kind,
+                "scheme": scheme,
+                "layers": len(m),
+                "bits_per_weight": m[0].size_bits / prod(m[0].source.shape),
+            }
+            for (kind, scheme), m in kinds.items()
+        ],
+        "left_alone": [{"reason": r, "tensors": len(x), "size_bytes": sum(x)} for r, x in reasons.items()],
+        "bytes_before": job.checkpoint.size_bytes,
+        "bytes_after": job.plan.size_bytes,
+        "bits_per_weight": job.plan.bits_per_weight,
+        "expected_memory_bytes": memory_bytes,
+        "expected_wall_s": wall_s,
+    }
+
+
 def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tuple[Report, bool]:
     """Make OUT; the report, and whether it was up to date already. The output appears whole or not at all.
 
@@ -96,12 +131,11 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
         identity = _identity(job, source)
     if not options.force and (out.exists() or out.is_symlink()):
         report = _existing(out, known, identity)
-        if known.get("evaluation_recipe") != _evaluation_tree(job.recipe) and job.recipe.eval:
+        if job.recipe.eval and known.get("evaluation_recipe") != _evaluation_tree(job.recipe):
             _evaluate(job, out, report, options, progress, watch)
-            manifest = {**known, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
-            staged = out / (MANIFEST + ".new")
-            write_json(staged, manifest)
-            staged.replace(out / MANIFEST)
+            newer = {**known, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
+            write_json(out / (MANIFEST + ".new"), newer)
+            (out / (MANIFEST + ".new")).replace(out / MANIFEST)
         return report, True
     from qtool.models.blockwise import pick_device
     from qtool.solver import Solver
@@ -165,7 +199,9 @@ def _manifest(out: Path) -> dict[str, Any] | None:
 def _existing(out: Path, manifest: Mapping[str, Any], identity: dict[str, Any]) -> Report:
     """The report of an output that is there already. Raises UsageError unless it is this very run's."""
     if not manifest:
-        raise UsageError(f"{out} exists and was not made by qtool", "give another -o/--output, or replace it with --force")
+        raise UsageError(
+            f"{out} exists and was not made by qtool", "give another -o/--output, or replace it with --force"
+        )
     difference = _difference(manifest["identity"], identity)
     if difference:
         raise UsageError(
@@ -174,7 +210,9 @@ def _existing(out: Path, manifest: Mapping[str, Any], identity: dict[str, Any]) 
     for file in manifest["files"]:
         path = out / file["name"]
         if not path.is_file() or path.stat().st_size != file["size_bytes"]:
-            raise UsageError(f"{out} is damaged: {file['name']} is missing or has changed", "make it again with --force")
+            raise UsageError(
+                f"{out} is damaged: {file['name']} is missing or has changed", "make it again with --force"
+            )
     return Report.from_tree(manifest["report"])
 
 
@@ -215,7 +253,9 @@ def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
         record = staged.done[unit.name]
         for name, tensor in written.read_many(record["tensors"]):
             if digest_bytes(tensor) != record["tensors"][name]:
-                raise QtoolError(f"`{name}` reads back other bytes than were written to {staged.folder}: a faulty disk?")
+                raise QtoolError(
+                    f"`{name}` reads back other bytes than were written to {staged.folder}: a faulty disk?"
+                )
         for linear in unit.linears:
             if digest(read_back(written, job.plan, job.format, linear)) != record["solved"][linear.module]:
                 raise QtoolError(f"`{linear.module}` does not unpack to what was solved: please report this bug")
@@ -229,17 +269,16 @@ def _report(job: Job, out: Path, solver: Solver, staged: StagedOutput, resumed: 
         for x in staged.done[unit.name]["layers"]
     ]
     kept = [KeptRecord(k.source.name, k.source.dtype, k.source.size_bytes, k.reason) for k in job.plan.kept]
-    readers = sorted({job.format.readers(linear.scheme) for linear in job.plan.linears}, key=len)
     unasked = [k for k in job.plan.kept if not k.asked]
-    notes = [f"{len(unasked)} tensors were left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
+    notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
     return Report(
         model=job.model,
         output=str(out),
         architecture=str(job.checkpoint.config.get("model_type", "unknown")),
-        scheme=str(QuantScheme.parse(job.recipe.scheme)),
+        scheme=job.recipe.scheme,
         method=job.recipe.method,
         format=job.recipe.format,
-        readers=readers[-1],
+        readers=_readers(job),
         layers=layers,
         kept=kept,
         bytes_before=job.checkpoint.size_bytes,
@@ -251,6 +290,11 @@ def _report(job: Job, out: Path, solver: Solver, staged: StagedOutput, resumed: 
         resumed_units=resumed,
         versions=versions("torch", "transformers", "safetensors"),
     )
+
+
+def _readers(job: Job) -> str:
+    """Who loads the output: whoever loads its most unusual layer."""
+    return max({job.format.readers(linear.scheme) for linear in job.plan.linears}, key=len)
 
 
 def _evaluation_tree(recipe: Recipe) -> dict[str, Any] | None:

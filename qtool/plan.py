@@ -7,7 +7,7 @@ name, and one unit for all that is outside such a list. Never imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -75,7 +75,9 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Of the quantized weights, scales and zeros included."""
-        return sum(linear.size_bits for linear in self.linears) / sum(prod(linear.source.shape) for linear in self.linears)
+        return sum(linear.size_bits for linear in self.linears) / sum(
+            prod(linear.source.shape) for linear in self.linears
+        )
 
 
 def make_plan(
@@ -114,7 +116,9 @@ def make_plan(
         problems.append("no tensor of this checkpoint is a linear layer to quantize")
     unasked = [k for k in kept if not k.asked]
     if recipe.strict and unasked:
-        problems.append(f"--strict: `{unasked[0].source.name}` would be left alone: {unasked[0].reason}{_more(unasked)}")
+        problems.append(
+            f"--strict: `{unasked[0].source.name}` would be left alone: {unasked[0].reason}{_more(unasked)}"
+        )
         hints.append("name what may stay as it is with --ignore")
     if problems:
         raise UsageError("\n".join(problems), hints[0] if hints else None)
@@ -133,6 +137,13 @@ def unit_of(name: str) -> str:
     """The unit of a tensor: its name up to the first number in it."""
     match = re.match(r"(.*?\.\d+)(?:\.|$)", name)
     return match[1] if match else OUTSIDE
+
+
+def kind_of(module: str) -> str:
+    """A layer's name with the block's number taken out: `*.self_attn.q_proj`."""
+    parts = module.split(".")
+    last_number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(["*", *parts[last_number + 1 :]]) if last_number >= 0 else module
 
 
 def _why_kept(info: TensorInfo, ignore: Iterable[str]) -> Kept | None:
@@ -165,7 +176,9 @@ def _check_patterns(
             continue
         if not found:
             what = "layer to quantize" if flag == "--layer" else "tensor"
-            problems.append(f"{flag} pattern `{pattern}` matches no {what} (for example `{candidates[0] if candidates else '-'}`)")
+            problems.append(
+                f"{flag} pattern `{pattern}` matches no {what} (for example `{candidates[0] if candidates else '-'}`)"
+            )
             if any(pattern in module for module in candidates):
                 hints.append(f"patterns match whole names: try `*{pattern}*`")
 
@@ -181,29 +194,30 @@ def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) 
         kind = members[0].module.rpartition(".")[2]
         inputs = members[0].source.shape[1]
         divisor = inputs & -inputs  # the largest power of two that divides
-        smaller = f", or use `--scheme int{members[0].scheme.bits}-g{divisor}-sym`" if 16 <= divisor else ""
+        smaller = f", or use `--scheme int{members[0].scheme.bits}-g{divisor}-sym`" if divisor >= 16 else ""
         hints.append(f"give these layers another scheme: `--layer '*.{kind}=int8-channel-sym'`{smaller}")
 
 
 def _check_solvable(unsolvable: list[Linear], method: str, problems: list[str], hints: list[str]) -> None:
     if unsolvable:
         first = unsolvable[0].module
-        problems.append(
-            f"`{first}` is not among the linear layers that {method} has data for{_more(unsolvable)}"
-        )
+        problems.append(f"`{first}` is not among the linear layers that {method} has data for{_more(unsolvable)}")
         hints.append(f"leave it alone with `--ignore '*{first.rpartition('.')[2]}'`, or use `--method rtn`")
 
 
-def _check_fused(linears: list[Linear], fused: tuple[tuple[str, ...], ...], problems: list[str], hints: list[str]) -> None:
-    by_module = {linear.module: linear for linear in linears}
-    differing = []
-    for linear in linears:
-        for group in fused:
-            if linear.module.endswith("." + group[0]):
-                prefix = linear.module.removesuffix(group[0])
-                schemes = {m: by_module[prefix + m].scheme if prefix + m in by_module else None for m in group}
-                if len(set(schemes.values())) > 1:
-                    differing.append((prefix, schemes))
+def _check_fused(
+    linears: list[Linear], fused: tuple[tuple[str, ...], ...], problems: list[str], hints: list[str]
+) -> None:
+    found = {linear.module: linear.scheme for linear in linears}
+    layers = {
+        (linear.module.removesuffix(member), group): None
+        for linear in linears
+        for group in fused
+        for member in group
+        if linear.module.endswith("." + member)
+    }
+    all_schemes = [(prefix, {member: found.get(prefix + member) for member in group}) for prefix, group in layers]
+    differing = [(prefix, schemes) for prefix, schemes in all_schemes if len(set(schemes.values())) > 1]
     if differing:
         prefix, schemes = differing[0]
         listed = ", ".join(f"{m.rpartition('.')[2]} {s or 'left alone'}" for m, s in schemes.items())
@@ -212,12 +226,12 @@ def _check_fused(linears: list[Linear], fused: tuple[tuple[str, ...], ...], prob
         hints.append(f"give them one scheme: `--layer 're:({names})$={next(s for s in schemes.values() if s)}'`")
 
 
-def _more(members: list) -> str:  # type: ignore[type-arg]
+def _more(members: Sequence[object]) -> str:
     return f" ({len(members) - 1} more like it)" if len(members) > 1 else ""
 
 
 def _units(linears: list[Linear], kept: list[Kept]) -> tuple[Unit, ...]:
-    names = {unit_of(x.source.name): None for x in [*kept, *linears]}
+    names = {unit_of(name): None for name in [*(k.source.name for k in kept), *(x.source.name for x in linears)]}
     ordered = sorted(names, key=lambda n: (n != OUTSIDE, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]))
     return tuple(
         Unit(

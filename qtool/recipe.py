@@ -61,9 +61,6 @@ class Recipe:
     eval: EvalSpec | None = None  # measure before and after, and gate
     strict: bool = False  # a tensor left alone for any reason that was not asked for is an error
 
-    def scheme_of(self) -> QuantScheme:
-        return QuantScheme.parse(self.scheme)
-
 
 def build(tree: Mapping[str, Any], method_names: typing.Iterable[str]) -> Recipe:
     """The recipe that a tree of plain values describes. Raises UsageError for unknown keys and wrong types."""
@@ -72,10 +69,8 @@ def build(tree: Mapping[str, Any], method_names: typing.Iterable[str]) -> Recipe
     if "options" in tree:
         raise unknown("recipe key", "options", method_names)
     recipe: Recipe = _from_tree(Recipe, tree, "", extra=tuple(method_names))
-    recipe = dataclasses.replace(recipe, options=options)
-    QuantScheme.parse(recipe.scheme)
-    for scheme in recipe.layers.values():
-        QuantScheme.parse(scheme)
+    layers = {pattern: str(QuantScheme.parse(scheme)) for pattern, scheme in recipe.layers.items()}
+    recipe = dataclasses.replace(recipe, options=options, layers=layers, scheme=str(QuantScheme.parse(recipe.scheme)))
     if recipe.eval and recipe.eval.protocol not in PROTOCOLS:
         raise unknown("protocol", recipe.eval.protocol, PROTOCOLS)
     return recipe
@@ -165,5 +160,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return str(value)
     elif hint in (int, bool) and type(value) is hint:
         return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a list of text")
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        hint, "a list of text"
+    )
     raise UsageError(f"recipe key `{key}` takes {expected}, not `{value}`")

@@ -34,7 +34,9 @@ class QuantScheme:
             raise unknown("scheme", text, EXAMPLES)
         bits = int(match["int"] or match["w"])
         if not 2 <= bits <= 8:
-            raise UsageError(f"scheme `{text}` asks for {bits} bits: integer schemes have 2 to 8", "try `int4-g128-sym`")
+            raise UsageError(
+                f"scheme `{text}` asks for {bits} bits: integer schemes have 2 to 8", "try `int4-g128-sym`"
+            )
         granularity, group_size = ("channel", None) if bits == 8 else ("group", DEFAULT_GROUP_SIZE)
         symmetric = True
         for part in match["rest"].split("-")[1:]:
@@ -45,7 +47,9 @@ class QuantScheme:
             elif re.fullmatch(r"g[1-9]\d*", part):
                 granularity, group_size = "group", int(part[1:])
             else:
-                raise unknown(f"part of scheme `{text}`:", part, ("sym", "asym", "tensor", "channel", "g32", "g64", "g128"))
+                raise unknown(
+                    f"part of scheme `{text}`:", part, ("sym", "asym", "tensor", "channel", "g32", "g64", "g128")
+                )
         return cls(bits, granularity, group_size, symmetric)
 
     def __str__(self) -> str:

@@ -20,12 +20,12 @@ import torch
 from qtool.calibration.stats import InputStats, Moments, inputs_of
 from qtool.calibration.tokens import Tokenizer, TokenRows, batches, calibration_rows, too_little_data
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import StagedOutput
+from qtool.checkpoint.writer import StagedOutput, raw_bytes
 from qtool.formats import Format
 from qtool.formats.weights import Weights, check_finite
 from qtool.headers import scale_dtype
 from qtool.methods import Method, Solution
-from qtool.models.blockwise import BlockModel, Stream
+from qtool.models.blockwise import BlockModel, Stream, linear_of
 from qtool.numerics.grid import IntGrid, QTensor, grid_of
 from qtool.plan import Linear, Plan, Unit
 from qtool.recipe import DataSpec
@@ -46,7 +46,7 @@ def digest(weight: QTensor) -> str:
 
 def digest_bytes(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 class Solver:
@@ -129,7 +129,7 @@ class Solver:
                 whole = linears[group[0]].scheme.granularity == "tensor"
                 for part in [[name] for name in group] if whole else [list(group)]:
                     members = [linears[name] for name in part]
-                    weights = [block.get_submodule(name).weight for name in part]
+                    weights = [linear_of(block, name).weight for name in part]
                     solved = self._solve(members, weights, moments)
                     record.add(members, solved)
                     for weight, (quantized, _) in zip(weights, solved, strict=True):
@@ -147,7 +147,9 @@ class Solver:
             solution = self.method.solve(weight_OI, grid, moments)
             parts = solution.weight.split([len(w) for w in weights]) if len(weights) > 1 else [solution.weight]
         with self.watch.stage("measure"):
-            errors = [_errors(w, q, moments.second_II if moments else None) for w, q in zip(weights, parts, strict=True)]
+            errors = [
+                _errors(w, q, moments.second_II if moments else None) for w, q in zip(weights, parts, strict=True)
+            ]
         wall_s = time.perf_counter() - start
         return [
             (part, _layer_record(linear, error, wall_s * len(weight) / len(weight_OI), solution))
@@ -168,7 +170,7 @@ class Solver:
         written = Checkpoint(self.staged.folder)
         for linear in unit.linears:
             weight = read_back(written, self.plan, self.format, linear).dequantize()
-            block.get_submodule(linear.module.removeprefix(unit.name + ".")).weight.copy_(weight)
+            linear_of(block, linear.module.removeprefix(unit.name + ".")).weight.copy_(weight)
 
     def _check_amount(self, rows: TokenRows) -> None:
         widest = max(linear.source.shape[1] for linear in self.plan.linears)
@@ -227,7 +229,7 @@ class _Rows:
 
     def measure(self, block: nn.Module, layers: list[str]) -> dict[str, InputStats]:
         """Statistics of the inputs of these linears, as the block is now."""
-        features = {layer: block.get_submodule(layer).in_features for layer in layers}
+        features = {layer: linear_of(block, layer).in_features for layer in layers}
         stats = {layer: InputStats.empty(n, self.cross, self.model.device) for layer, n in features.items()}
         for batch in range(len(self.stream.hidden)):
             inputs = self._inputs(block, self.stream, batch, layers)
@@ -271,9 +273,7 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
     return math.sqrt(max(float(part), 0.0) / float(whole)) if float(whole) > 0 else 0.0
 
 
-def _layer_record(
-    linear: Linear, errors: tuple[float, float | None], wall_s: float, solution: Solution
-) -> LayerRecord:
+def _layer_record(linear: Linear, errors: tuple[float, float | None], wall_s: float, solution: Solution) -> LayerRecord:
     shape = linear.source.shape
     return LayerRecord(
         module=linear.module,

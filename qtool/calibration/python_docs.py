@@ -18,7 +18,17 @@ from functools import lru_cache
 from pathlib import Path
 
 HELD_OUT_SHARE = 8  # one document in so many is held out
-SKIPPED_DIRS = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "ensurepip"}
+SKIPPED_DIRS = {
+    "site-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "pydoc_data",
+    "ensurepip",
+}
 
 
 def texts(split: str) -> list[str]:

@@ -59,7 +59,7 @@ class InputStats:
         return Moments(self.second_II, self.cross_II, self.tokens)
 
 
-class _AllSeen(Exception):
+class _AllSeen(Exception):  # noqa: N818 (not an error)
     """Ends a run of a block once every watched input was seen."""
 
 

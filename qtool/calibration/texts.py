@@ -7,7 +7,6 @@ streamed, so that only what is used is read.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,10 +75,8 @@ def _file(path: Path, column: str | None, render: Render) -> Iterator[str]:
 
 
 def _data_set(spec: DataSpec, split: str, render: Render) -> Iterator[str]:
-    if os.sep in spec.source and spec.source.count("/") > 1 or spec.source.startswith((".", "~", "/")):
+    if spec.source.count("/") > 1 or spec.source.startswith((".", "~", "/")) or Path(spec.source).suffix in FILE_TYPES:
         raise UsageError(f"no such file or folder: {spec.source}")
-    if Path(spec.source).suffix in FILE_TYPES:
-        raise UsageError(f"no such file: {spec.source}")
     from datasets import load_dataset
 
     name, _, config = spec.source.partition(":")

@@ -40,8 +40,7 @@ class Tokenizer:
             ) from None
         if len(self.inner) > vocabulary:
             raise QtoolError(
-                f"the tokenizer in {root} has {len(self.inner)} tokens, but the model's embedding has {vocabulary} rows: "
-                "they do not belong together",
+                f"the tokenizer in {root} has {len(self.inner)} tokens, but the model's embedding {vocabulary} rows",
                 "copy the tokenizer files that came with the model",
             )
         self.name = f"{type(self.inner).__name__} ({len(self.inner)} tokens)"

@@ -63,6 +63,19 @@ class Checkpoint:
                         "download the checkpoint again: its index and its shards do not belong together",
                     )
 
+    @classmethod
+    def from_headers(cls, path: Path, config: dict[str, Any], tensors: Iterable[TensorInfo]) -> Checkpoint:
+        """A checkpoint of which only the headers are at hand, such as one on the hub: its values cannot be read."""
+        checkpoint = cls.__new__(cls)
+        checkpoint.path = checkpoint.root = path
+        checkpoint.config = config
+        checkpoint.tensors = {info.name: info for info in tensors}
+        checkpoint.files = sorted({info.file for info in checkpoint.tensors.values()})
+        for info in checkpoint.tensors.values():
+            if info.dtype not in DTYPE_BITS:
+                raise QtoolError(f"`{info.name}` in {path} has the unknown type {info.dtype}")
+        return checkpoint
+
     @cached_property
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.tensors.values())
@@ -131,7 +144,7 @@ def _weight_files(root: Path) -> tuple[list[str], dict[str, str]]:
     if pickles:
         raise UsageError(
             f"{root} has no safetensors, only {pickles[0]}: pickle files can run code and are not read",
-            f"convert it once: `python -c \"from transformers import AutoModelForCausalLM as M; "
+            f'convert it once: `python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{root}').save_pretrained('{root}-safetensors')\"`",
         )
     raise UsageError(f"{root} holds no *.safetensors", "give a folder with a model in safetensors, or a hub id")

@@ -58,12 +58,10 @@ class StagedOutput:
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Put a tensor in its place; its sha256."""
-        import torch
-
         path, offset = self._offsets[name]
         info = self.tensors[name]
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        assert tuple(tensor.shape) == info.shape and data.nbytes == info.size_bytes, (name, tensor.shape, info)
+        data = raw_bytes(tensor)
+        assert (tuple(tensor.shape), data.nbytes) == (info.shape, info.size_bytes), (name, tensor.shape, info)
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(data)
@@ -152,6 +150,13 @@ class StagedOutput:
                 f"no space for {self.out}: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
                 "free some space or give another -o/--output; nothing was written",
             ) from None
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as safetensors stores them, without a copy where it is on the CPU already."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -68,7 +68,9 @@ class Console:
             return
         if self.log_format == "json":
             elapsed_s = round(time.perf_counter() - self.started, 3)
-            line = json.dumps({"level": level, "elapsed_s": elapsed_s, "message": message, **fields}, ensure_ascii=False)
+            line = json.dumps(
+                {"level": level, "elapsed_s": elapsed_s, "message": message, **fields}, ensure_ascii=False
+            )
         else:
             line = message if level == "info" else f"{level}: {message}"
         if self._bar is not None:
@@ -98,7 +100,10 @@ class Console:
         if isinstance(error, QtoolError):
             self.log(error.message, "error")
             if error.hint:
-                self.log(("" if self.log_format == "json" else "\n") + f"hint: {error.hint}", "info" if not self.quiet else "")
+                self.log(
+                    ("" if self.log_format == "json" else "\n") + f"hint: {error.hint}",
+                    "info" if not self.quiet else "",
+                )
             return error.exit_code
         self.log(f"{type(error).__name__}: {error}".strip(), "error")
         if not self.verbose:

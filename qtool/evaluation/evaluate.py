@@ -126,9 +126,11 @@ def _open(path: Path, device: Any) -> BlockModel:
 
 
 def _compare(baseline: str, losses: TokenLosses, rows: EvalRows, tokenizer: Tokenizer) -> Comparison:
-    assert losses.base_loss is not None and losses.kl is not None
-    assert losses.agree is not None and losses.delta_p is not None
     loss, base, row = losses.loss, losses.base_loss, losses.row
+    assert base is not None
+    assert losses.kl is not None
+    assert losses.agree is not None
+    assert losses.delta_p is not None
     return Comparison(
         baseline=baseline,
         perplexity=statistics.perplexity(base, row),

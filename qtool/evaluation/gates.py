@@ -17,7 +17,9 @@ def parse_increase(text: str) -> tuple[float, bool]:
     try:
         value = float(text.strip().removesuffix("%"))
     except ValueError:
-        raise UsageError(f"--max-ppl-increase `{text}` is neither a share such as `1%` nor a number such as `0.2`") from None
+        raise UsageError(
+            f"--max-ppl-increase `{text}` is neither a share such as `1%` nor a number such as `0.2`"
+        ) from None
     return (value / 100, True) if relative else (value, False)
 
 

@@ -21,7 +21,7 @@ from qtool.models.blockwise import BlockModel
 
 Progress = Callable[[str, int, int, str], None]
 BATCH_TOKENS = 4096  # that run through a block at once; speed and memory only
-SLICE_LOGITS = 1 << 24  # logits computed at once
+SLICE_LOGITS = 1 << 22  # logits computed at once
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def token_losses(model: BlockModel, base: BlockModel | None, rows: EvalRows, pro
             f"the model's loss is not finite for {int(bad.sum())} of {len(bad)} tokens, "
             f"first in row {int(joined['row'][at])} at token {int(joined['position'][at])}"
         )
-    return TokenLosses(**joined, model_s=model_s)  # type: ignore[arg-type]
+    return TokenLosses(**joined, model_s=model_s)
 
 
 def _final_hidden(model: BlockModel, rows: EvalRows, name: str, progress: Progress) -> list[Tensor]:

@@ -101,7 +101,7 @@ class CompressedTensors:
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         config = checkpoint.config["quantization_config"]
         groups = [(g.get("targets", []), _scheme_of(g)) for g in config.get("config_groups", {}).values()]
-        found = {}
+        found: dict[str, tuple[QuantScheme, tuple[int, ...]]] = {}
         for name in checkpoint.tensors:
             if not name.endswith(PACKED):
                 continue
@@ -165,9 +165,7 @@ def _match(module: str, groups: list[tuple[list[str], QuantScheme]]) -> QuantSch
             for target in targets:
                 if by_class and target == "Linear":
                     return scheme
-                if not by_class and (
-                    target == module or (target.startswith("re:") and re.match(target[3:], module))
-                ):
+                if not by_class and (target == module or (target.startswith("re:") and re.match(target[3:], module))):
                     return scheme
     return None
 

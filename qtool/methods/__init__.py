@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 METHODS = {
     "rtn": "qtool.methods.rtn:RTN",
     "gptq": "qtool.methods.gptq:GPTQ",
+    "gptaq": "qtool.methods.gptaq:GPTAQ",
 }
 
 

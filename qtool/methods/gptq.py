@@ -17,6 +17,7 @@ from qtool.errors import QtoolError, UsageError, unknown
 from qtool.methods import Solution
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qtool.calibration.stats import Moments
@@ -52,14 +53,21 @@ class GPTQ:
         from qtool.numerics.grid import QTensor
 
         assert moments is not None
-        importance_I = moments.second_II.diagonal()
-        params = grid.fit(weight_OI, importance_I, search=self.scales == "searched")
-        order_I = torch.arange(len(importance_I), device=importance_I.device)
+        diagonal_I = moments.second_II.diagonal()
+        order_I = torch.arange(len(diagonal_I), device=diagonal_I.device)
         if self.order == "activation":
-            order_I = importance_I.argsort(descending=True, stable=True)
+            order_I = diagonal_I.argsort(descending=True, stable=True)
         factor_II, notes = reversed_factor(moments.second_II, self.damp, order_I)
-        codes = round_columns(weight_OI, grid, params, factor_II, order_I, self.block)
+        target_OI = self._target(weight_OI, moments, factor_II, order_I)
+        importance_I = torch.empty_like(diagonal_I)
+        importance_I[order_I] = factor_II.diagonal().flip(0).square()  # what an error costs after the feedback
+        params = grid.fit(target_OI, importance_I, search=self.scales == "searched")
+        codes = round_columns(target_OI, grid, params, factor_II, order_I, self.block)
         return Solution(QTensor(codes, params, grid.scheme), notes)
+
+    def _target(self, weight_OI: Tensor, moments: Moments, factor_II: Tensor, order_I: Tensor) -> Tensor:
+        """The weight to come close to."""
+        return weight_OI
 
 
 def reversed_factor(second_II: Tensor, damp: float, order_I: Tensor) -> tuple[Tensor, list[str]]:
@@ -73,26 +81,36 @@ def reversed_factor(second_II: Tensor, damp: float, order_I: Tensor) -> tuple[Te
 
     notes = []
     backwards_I = order_I.flip(0)
-    damped = second_II[backwards_I]
-    damped = damped[:, backwards_I]
-    diagonal = damped.diagonal()
+    diagonal = second_II.diagonal()[backwards_I]
     mean = float(diagonal.mean()) or 1.0
     dead = diagonal == 0
     if dead.any():
         notes.append(f"{int(dead.sum())} of {len(dead)} inputs are always zero on the calibration data")
     diagonal[dead] = mean
-    amount, added = damp, 0.0
+    amount = damp
     while True:
-        diagonal += (amount - added) * mean
-        added = amount
         for dtype in (torch.float32, torch.float64):
-            factor, failed = torch.linalg.cholesky_ex(damped.to(dtype))
+            # the transpose of a symmetric matrix is itself, stored as LAPACK wants it: factored in place
+            damped = _permuted(second_II, backwards_I, dtype).mT
+            damped.diagonal().copy_(diagonal + amount * mean)
+            failed = torch.zeros((), dtype=torch.int32, device=damped.device)
+            torch.linalg.cholesky_ex(damped, out=(damped, failed))
             if not failed:
-                return factor.float(), notes
+                return damped.float(), notes
         amount = max(10 * amount, 1e-4)
         if amount > MOST_DAMPING:
             raise QtoolError("the second moment of the inputs is not positive definite even with a damping of 1")
         notes.append(f"H is not positive definite: damping raised to {amount:g}")
+
+
+def _permuted(matrix_II: Tensor, order_I: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows and columns in another order, with no second copy on the way."""
+    import torch
+
+    result_II = torch.empty_like(matrix_II, dtype=dtype)
+    for rows in torch.arange(len(order_I), device=order_I.device).split(256):
+        result_II[rows] = matrix_II[order_I[rows]][:, order_I].to(dtype)
+    return result_II
 
 
 def round_columns(
@@ -104,22 +122,24 @@ def round_columns(
     from qtool.numerics.grid import GridParams
 
     rows, inputs = weight_OI.shape
-    weight_IO = weight_OI.T[order_I]  # a column of the weight is a row here: contiguous
-    error_IO = torch.empty_like(weight_IO)
+    # a column of the weight is a row here, contiguous; once it is rounded, its error takes its place
+    error_IO = weight_OI.T[order_I]
     codes_IO = torch.empty(inputs, rows, dtype=torch.uint8, device=weight_OI.device)
     for start in range(0, inputs, block):
         end = min(start + block, inputs)
         feedback_IB = factor_II[inputs - end :, inputs - end : inputs - start].flip(0, 1)  # R_kj, k < end
         feedback_IB = feedback_IB / feedback_IB[start:].diagonal()
-        target_BO = torch.addmm(weight_IO[start:end], feedback_IB[:start].T, error_IO[:start])
+        target_BO = torch.addmm(error_IO[start:end], feedback_IB[:start].T, error_IO[:start])
         columns = grid.per_column(params, order_I[start:end], rows, inputs)
         for j in range(end - start):
             behind = slice(start, start + j)
             target_O = torch.addmv(target_BO[j], error_IO[behind].T, feedback_IB[behind, j])
-            column = GridParams(columns.scale[:, j : j + 1], None if columns.zero is None else columns.zero[:, j : j + 1])
+            column = GridParams(
+                columns.scale[:, j : j + 1], None if columns.zero is None else columns.zero[:, j : j + 1]
+            )
             codes_O1 = grid.encode(target_O[:, None], column)
             codes_IO[start + j] = codes_O1[:, 0]
-            error_IO[start + j] = weight_IO[start + j] - grid.decode(codes_O1, column)[:, 0]
+            error_IO[start + j] -= grid.decode(codes_O1, column)[:, 0]
     codes_OI = torch.empty(rows, inputs, dtype=torch.uint8, device=weight_OI.device)
     codes_OI[:, order_I] = codes_IO.T
     return codes_OI

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from qtool.models.architectures import architecture_of
 ReadWeights = Callable[[Iterable[str]], dict[str, Tensor]]
 
 
-class _AllRecorded(Exception):
+class _AllRecorded(Exception):  # noqa: N818 (not an error)
     """Ends a recording pass after the last block."""
 
 
@@ -65,7 +65,9 @@ class BlockModel:
         try:
             self.config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         except (ValueError, OSError, KeyError) as error:
-            raise QtoolError(f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}") from None
+            raise QtoolError(
+                f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}"
+            ) from None
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config  # the weights arrive dequantized
         self.read, self.names, self.device = read, set(names), device
@@ -75,7 +77,7 @@ class BlockModel:
             )
         self.model.eval().requires_grad_(False)
         self._rebuild_buffers()
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.architecture.blocks)
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks).children())
 
     @property
     def context(self) -> int:
@@ -101,21 +103,19 @@ class BlockModel:
         stream = Stream([])
         decoder = self.model.get_submodule(self.architecture.blocks.rpartition(".")[0])
         name = self.architecture.blocks.rpartition(".")[2]
-        recorders = nn.ModuleList(_Recorder(b, b is self.blocks[-1]) for b in self.blocks)
+        recorders = [_Recorder(b, b is self.blocks[-1]) for b in self.blocks]
         with self._outer_loaded(decoder), torch.no_grad():
-            setattr(decoder, name, recorders)
+            setattr(decoder, name, nn.ModuleList(recorders))
             try:
                 for tokens_BT in batches:
-                    try:
+                    with suppress(_AllRecorded):
                         decoder(input_ids=tokens_BT.to(self.device), use_cache=False)
-                    except _AllRecorded:
-                        pass
                     calls = [recorder.call for recorder in recorders]
                     stream.hidden.append(calls[0][0][0])
                     if tuple(tokens_BT.shape) not in stream.arguments:
                         stream.arguments[tuple(tokens_BT.shape)] = [(args[1:], kwargs) for args, kwargs in calls]
             finally:
-                setattr(decoder, name, self.blocks)
+                setattr(decoder, name, nn.ModuleList(self.blocks))
         return stream
 
     def run(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
@@ -130,7 +130,11 @@ class BlockModel:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Final norm and output head: a function from hidden states [N, E] to logits [N, V]."""
         final = getattr(self.config, "final_logit_softcapping", None)
-        with self._loaded(self.architecture.norm) as norm, self._loaded(self.architecture.head) as head, torch.no_grad():
+        with (
+            self._loaded(self.architecture.norm) as norm,
+            self._loaded(self.architecture.head) as head,
+            torch.no_grad(),
+        ):
 
             def logits(hidden_NE: Tensor) -> Tensor:
                 values = head(norm(hidden_NE))
@@ -193,6 +197,13 @@ class BlockModel:
                 for n, buffer in own.items():
                     setattr(module, n, torch.empty_like(buffer, device=self.device))
                 self.model._init_weights(module)
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """A linear of a block by its name relative to the block."""
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear), (name, type(module))
+    return module
 
 
 def _config(root: Path) -> dict[str, Any]:

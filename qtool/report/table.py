@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class Table:
     """Cells as text. Columns whose header starts with ">" are flushed right (the ">" is not printed)."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
+    rows: Sequence[tuple[str, ...]] = ()
     title: str | None = None
 
     def lines(self) -> list[str]:
@@ -19,7 +20,7 @@ class Table:
         header = tuple(c.removeprefix(">") for c in self.columns)
         widths = [max(len(row[i]) for row in [header, *self.rows]) for i in range(len(header))]
 
-        def line(cells: tuple[str, ...]) -> str:
+        def line(cells: Sequence[str]) -> str:
             aligned = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
             return "  ".join(aligned).rstrip()
 

@@ -1,0 +1,163 @@
+"""`qtool quantize`: a checkpoint and a recipe in, a packed checkpoint and its report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qtool.cli import options, state
+from qtool.errors import UsageError
+from qtool.methods import METHODS
+from qtool.recipe import DEFAULT_IGNORE, build, load_tree, set_key, to_tree, to_yaml
+
+GATE_MISSED = 3
+
+
+def command(
+    context: typer.Context,
+    model: options.Model,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The folder to make. It appears whole or not at all.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; typed flags go before it.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option("--scheme", help="int4-g128-sym, int8-channel-sym, w4a16, w3a16-g64-asym, ...")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help=f"Which codes are chosen: {', '.join(METHODS)}.")
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", metavar="PATTERN=SCHEME", help="Another scheme for these layers; the last match wins."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore", metavar="PATTERN", help="Leave these alone, besides the output head, norms and embeddings."
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="How the codes lie on disk: compressed-tensors.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Calibration text: python-docs, a file, a folder, or a data set id (org/name:config)."
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows (128).")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", min=2, help="Tokens per row (the model's context, at most 2048).")
+    ] = None,
+    pack: Annotated[
+        bool | None, typer.Option("--pack/--no-pack", help="Join the texts and cut rows, or one row per text (pack).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Which rows, when there are more than asked for (0).")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option("--eval", metavar="DATA", help="Measure before and after on this text.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="Of --eval: windows, rows or llama.cpp.", metavar="NAME")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option("--max-ppl-increase", metavar="1%|0.2", help="Gate: exit 3 if perplexity rises by more."),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", help="Gate: exit 3 if the mean KL divergence (nats) is more.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, such as gptq.damp=0.05.")
+    ] = None,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")] = False,
+    strict: Annotated[
+        bool | None, typer.Option("--strict/--no-strict", help="A tensor left alone unasked is an error (no).")
+    ] = None,
+    device: options.Device = "auto",
+    batch_tokens: Annotated[
+        int,
+        typer.Option("--batch-tokens", min=1, help="Tokens that run through a block at once; speed and memory only."),
+    ] = 2048,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    progress: options.ShowProgress = True,
+    log_format: options.LogFormat = "text",
+) -> int:
+    """Quantize MODEL into the folder OUT.
+
+    Interrupted, the same command goes on where it stopped; done, it says so and changes nothing.
+
+    Example: qtool quantize ./llama -o ./llama-w4 --scheme w4a16 --eval wiki.txt --max-ppl-increase 1%
+    """
+    console = state.open_console(
+        as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format
+    )
+    tree: dict[str, Any] = load_tree(recipe) if recipe else {}
+    for assignment in assignments or []:
+        set_key(tree, assignment)
+    _put(tree, scheme=scheme, method=method, format=format, strict=strict)
+    _put_into(tree, "data", source=data, rows=rows, seqlen=seqlen, pack=pack, seed=seed)
+    gates = {"protocol": protocol, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl}
+    _put_into(tree, "eval", data=evaluate, **gates)
+    for text in layer or []:
+        pattern, equals, value = text.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(f"`--layer {text}` is not PATTERN=SCHEME", "for example `--layer '*.down_proj=w8a16'`")
+        tree["layers"] = {**(tree.get("layers") or {}), pattern: value}
+    if ignore:
+        tree["ignore"] = [*(tree.get("ignore") or DEFAULT_IGNORE), *ignore]
+    resolved = build(tree, METHODS)
+    from qtool.evaluation.gates import check_spec
+    from qtool.methods import get_method
+
+    get_method(resolved.method, resolved.options.get(resolved.method, {}))
+    if resolved.eval:
+        check_spec(resolved.eval, has_baseline=True)
+    if print_recipe:
+        console.result(to_tree(resolved), []) if as_json else console.text(to_yaml(resolved))
+        return 0
+
+    from qtool.pipeline import RunOptions, describe, prepare
+    from qtool.pipeline import quantize as run
+    from qtool.report.views import plan_view, report_view
+
+    if output is None and not dry_run:
+        raise UsageError("nowhere to write to", "give a folder with -o/--output, or look only with --dry-run")
+    job = prepare(model, resolved)
+    if dry_run:
+        description = describe(job)
+        console.result(description, plan_view(description))
+        return 0
+    assert output is not None
+    report, up_to_date = run(job, output, RunOptions(device, force, batch_tokens), console.progress)
+    for note in report.notes:
+        console.log(note, "warning")
+    if up_to_date:
+        console.log(f"{output} is up to date")
+    console.result({**report.to_tree(), "up_to_date": up_to_date}, report_view(report))
+    if report.gate_failed:
+        console.log("a quality gate was missed: the output is kept and marked in its manifest", "error")
+        return GATE_MISSED
+    return 0
+
+
+def _put(tree: dict[str, Any], **typed: Any) -> None:
+    """Flags that were typed go over what the recipe says."""
+    tree.update({key: value for key, value in typed.items() if value is not None})
+
+
+def _put_into(tree: dict[str, Any], section: str, **typed: Any) -> None:
+    """The same for a section; a section given as one word names its data source."""
+    given = {key: value for key, value in typed.items() if value is not None}
+    if given:
+        current = tree.get(section) or {}
+        if isinstance(current, str):
+            current = {"source": current}
+        tree[section] = {**current, **given}

@@ -1,0 +1,35 @@
+"""About what a run takes, from its plan alone. The rates were measured on two CPU cores (tests/benchmarks)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import prod
+from typing import Any
+
+from qtool.plan import Plan
+from qtool.recipe import DataSpec
+
+PROCESS_BYTES = 500e6  # Python with torch and transformers
+SEARCH_S = 30e-9  # per weight: scale search, packing, hashing
+FLOP_PER_S = 1.5e11  # float32 matrix products
+
+
+def estimate(plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping[str, Any]) -> tuple[float, float]:
+    """Bytes of memory and seconds of time of a run that `needs` these moments, rough but of the right order."""
+    shapes = [linear.source.shape for linear in plan.linears]
+    weights = sum(map(prod, shapes))
+    if not needs:
+        largest = max(prod(info.shape) for info in [*(x.source for x in plan.linears), *(k.source for k in plan.kept)])
+        return PROCESS_BYTES + 16 * largest, weights * SEARCH_S
+    streams = 2 if "cross" in needs else 1
+    context = min(int(config.get("max_position_embeddings") or 2048), 2048)
+    tokens = (data.rows or 128) * (data.seqlen or context)
+    hidden = tokens * int(config.get("hidden_size") or 0) * 4 * streams
+    blocks = [unit for unit in plan.units if unit.linears]
+    block = max(sum(4 * prod(linear.source.shape) for linear in unit.linears) for unit in blocks) * streams
+    inputs = {linear.source.shape[1] for linear in blocks[0].linears}
+    moments = sum(4 * n * n for n in inputs) * streams + 3 * 4 * max(inputs) ** 2
+    forward = 2 * weights * tokens * (2 if streams == 1 else 6)
+    solve = sum(6 * out * n * n + n**3 for out, n in shapes)
+    moment_flop = sum(2 * tokens * n * n for n in inputs) * len(blocks) * streams
+    return PROCESS_BYTES + hidden + block + moments, weights * SEARCH_S + (forward + solve + moment_flop) / FLOP_PER_S

@@ -1,0 +1,26 @@
+"""What an evaluation would do, from headers alone. Never imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint.reader import Checkpoint
+from qtool.formats.weights import Weights
+from qtool.models.architectures import architecture_of
+from qtool.recipe import EvalSpec
+
+
+def describe(path: Path, base_path: Path | None, spec: EvalSpec) -> dict[str, Any]:
+    """Models, their schemes, data and protocol; raises what the evaluation itself would about the models."""
+    models = {"model": path, **({"baseline": base_path} if base_path else {})}
+    description: dict[str, Any] = {}
+    for name, root in models.items():
+        checkpoint = Checkpoint(root)
+        architecture_of(checkpoint.config, root)
+        schemes = sorted({str(scheme) for scheme in Weights(checkpoint).schemes.values()})
+        description[name] = f"{root} ({checkpoint.config['model_type']}, {', '.join(schemes) or 'dense'})"
+    description["data"] = spec.data.source
+    description["protocol"] = spec.protocol
+    description["context"] = spec.data.seqlen or "the model's, at most 2048"
+    return description

@@ -1,0 +1,159 @@
+"""What serving a checkpoint takes: weights and key/value cache, as it is and under other schemes. Never imports torch.
+
+The cache holds, per token and attention layer, one key and one value vector for each key/value head; under
+multi-head latent attention one vector, `kv_lora_rank + qk_rope_head_dim` long. int8 and int4 caches add one
+16-bit scale per vector, fp8 has one scale per tensor, which is not counted. Layers of sliding attention hold
+at most their window. What activations and the runtime need beside is covered by filling a card to `USABLE`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from typing import Any
+
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import QtoolError
+from qtool.headers import WEIGHT_DTYPES
+from qtool.inspection.logical import Entry, entries, is_float, open_weights, text_config
+from qtool.plan import matches
+from qtool.recipe import DEFAULT_IGNORE
+from qtool.scheme import QuantScheme
+
+SCHEMES = ("int8-channel-sym", "int4-g128-sym", "int3-g128-sym", "int2-g128-sym")
+KV_BITS = {"fp16": (16, 0), "fp8": (8, 0), "int8": (8, 16), "int4": (4, 16)}  # of a value, and of a vector's scale
+LARGEST_KV_FIRST = ("fp16", "int8", "fp8", "int4")
+CARDS_GB = (8, 16, 24, 48, 80)
+USABLE = 0.9  # of a card's memory: what vLLM, too, takes unless told otherwise
+CACHING = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """`tokens` are held in all attention layers together, for one sequence; each has `vectors` of `dim` values."""
+
+    layers: int
+    tokens: int
+    vectors: int
+    dim: int
+    size_bytes: dict[str, int]  # of the whole batch, by the type of the values
+
+
+@dataclass(frozen=True)
+class Option:
+    """The weights under one scheme: with each cache the total, and on each card the largest cache that fits."""
+
+    weights: str
+    weight_bytes: int
+    total_bytes: dict[str, int]
+    fits: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What serving takes with `batch` sequences of `context` tokens."""
+
+    model: str
+    context: int
+    batch: int
+    usable: float
+    kv_cache: KvCache
+    options: list[Option]
+    notes: list[str]
+
+    def to_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def memory(checkpoint: Checkpoint, context: int, batch: int) -> Memory:
+    """The memory of a checkpoint. Raises QtoolError naming the key that its config.json lacks."""
+    found = entries(open_weights(checkpoint))
+    notes: list[str] = []
+    cache = _kv_cache(checkpoint, context, batch, notes)
+    sizes = {"this checkpoint": checkpoint.size_bytes, "bf16": _dense_bytes(found)}
+    sizes.update({scheme: _packed_bytes(found, QuantScheme.parse(scheme), notes) for scheme in SCHEMES})
+    options = [_option(name, size_bytes, cache) for name, size_bytes in sizes.items()]
+    return Memory(str(checkpoint.path), context, batch, USABLE, cache, options, notes)
+
+
+def _option(name: str, weight_bytes: int, cache: KvCache) -> Option:
+    total = {kv: weight_bytes + size_bytes for kv, size_bytes in cache.size_bytes.items()}
+    fits = {}
+    for card in CARDS_GB:
+        fitting = (kv for kv in LARGEST_KV_FIRST if total[kv] <= USABLE * card * 1e9)
+        fits[f"{card} GB"] = next(fitting, None)
+    return Option(name, weight_bytes, total, fits)
+
+
+def _kv_cache(checkpoint: Checkpoint, context: int, batch: int, notes: list[str]) -> KvCache:
+    config = text_config(checkpoint.config)
+    layers = _layer_contexts(checkpoint, context, notes)
+    if config.get("kv_lora_rank"):
+        vectors, dim = 1, _key(checkpoint, "kv_lora_rank") + _key(checkpoint, "qk_rope_head_dim")
+    else:
+        heads = _key(checkpoint, "num_attention_heads")
+        vectors = 2 * (config.get("num_key_value_heads") or heads)
+        dim = config.get("head_dim") or _key(checkpoint, "hidden_size") // heads
+    limit = config.get("max_position_embeddings")
+    if isinstance(limit, int) and context > limit:
+        notes.append(f"the model was made for at most {limit} tokens of context (max_position_embeddings)")
+    held = sum(layers) * vectors * batch
+    size_bytes = {kv: held * (dim * bits + scale_bits) // 8 for kv, (bits, scale_bits) in KV_BITS.items()}
+    return KvCache(len(layers), sum(layers), vectors, dim, size_bytes)
+
+
+def _layer_contexts(checkpoint: Checkpoint, context: int, notes: list[str]) -> list[int]:
+    """How many tokens each layer with a cache holds."""
+    config = text_config(checkpoint.config)
+    window = config.get("sliding_window")
+    types = config.get("layer_types")
+    if not types:
+        if window and window < context and config.get("use_sliding_window", True):
+            notes.append(f"sliding_window {window} is not counted on: config.json has no `layer_types` for it")
+        return [context] * _key(checkpoint, "num_hidden_layers")
+    limits = {"full_attention": context}
+    if "sliding_attention" in types:
+        limits["sliding_attention"] = min(context, _key(checkpoint, "sliding_window"))
+    if "chunked_attention" in types:
+        limits["chunked_attention"] = min(context, _key(checkpoint, "attention_chunk_size"))
+    for kind, layers in Counter(t for t in types if t not in CACHING).items():
+        notes.append(f"{layers} layers of {kind} have a state of fixed size, which is not counted")
+    return [limits[t] for t in types if t in CACHING]
+
+
+def _key(checkpoint: Checkpoint, key: str) -> int:
+    if not checkpoint.config:
+        hint = "give the folder of the model" if checkpoint.path.is_file() else "put the model's config.json there"
+        raise QtoolError(f"{checkpoint.path} has no config.json, which tells the size of the KV cache", hint)
+    value = text_config(checkpoint.config).get(key)
+    if not isinstance(value, int) or value < 1:
+        shown = f"`{key}` = `{value}` in" if key in text_config(checkpoint.config) else f"no `{key}` in"
+        raise QtoolError(f"the size of the KV cache is unknown: {shown} {checkpoint.root / 'config.json'}")
+    return value
+
+
+def _dense_bytes(found: list[Entry]) -> int:
+    return sum(2 * prod(e.shape) if e.scheme or is_float(e.dtype) else e.size_bytes for e in found)
+
+
+def _packed_bytes(found: list[Entry], scheme: QuantScheme, notes: list[str]) -> int:
+    """Exact bytes when the linears that `qtool quantize` takes unasked have `scheme`, and all else stays as it is."""
+    size_bytes, unfit = 0, []
+    for entry in found:
+        if not _is_linear(entry):
+            size_bytes += entry.size_bytes
+        elif scheme.shape_error(entry.shape):
+            unfit.append(entry)
+            size_bytes += 2 * prod(entry.shape)
+        else:
+            size_bytes += ceil(scheme.size_bits(entry.shape) / 8)
+    if unfit:
+        reason = scheme.shape_error(unfit[0].shape)
+        notes.append(f"{scheme}: {len(unfit)} linears cannot have it and count as bf16; `{unfit[0].name}`: {reason}")
+    return size_bytes
+
+
+def _is_linear(entry: Entry) -> bool:
+    dense = len(entry.shape) == 2 and entry.name.endswith(".weight") and entry.dtype in WEIGHT_DTYPES
+    return bool(entry.scheme) or (dense and not any(matches(entry.module, pattern) for pattern in DEFAULT_IGNORE))
