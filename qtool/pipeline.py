@@ -40,7 +40,7 @@ class RunOptions:
 
     device: str = "auto"
     force: bool = False
-    batch_tokens: int = 2048  # that run through a block at once; speed and memory only
+    batch_tokens: int = 1024  # that run through a block at once; speed and memory only
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
+ERROR_ROWS = 512  # of a weight compared at once
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -74,7 +75,7 @@ class Solver:
             if unit.name not in self.staged.done:
                 record = _UnitRecord(self)
                 for linear in unit.linears:
-                    record.add([linear], self._solve([linear], [self._source(linear)], None))
+                    record.add([linear], self._solve([linear], self._source(linear), None))
                 self._finish(unit, record)
 
     def with_data(self, spec: DataSpec, batch_tokens: int) -> None:
@@ -128,32 +129,33 @@ class Solver:
                 # linears that share an input are solved as one, unless each has one scale for all of its weights
                 whole = linears[group[0]].scheme.granularity == "tensor"
                 for part in [[name] for name in group] if whole else [list(group)]:
+                    stacked = stack([linear_of(block, name) for name in part])
                     members = [linears[name] for name in part]
-                    weights = [linear_of(block, name).weight for name in part]
-                    solved = self._solve(members, weights, moments)
-                    record.add(members, solved)
-                    for weight, (quantized, _) in zip(weights, solved, strict=True):
-                        weight.copy_(quantized.dequantize())
+                    record.add(members, self._solve(members, stacked, moments))
         self._finish(unit, record)
 
     def _solve(
-        self, linears: list[Linear], weights: list[Tensor], moments: Moments | None
+        self, linears: list[Linear], weight_OI: Tensor, moments: Moments | None
     ) -> list[tuple[QTensor, LayerRecord]]:
-        """Solve linears of one scheme and one input together; each one's result and record."""
+        """Solve linears of one scheme and one input, stacked along their rows; each one's result and record.
+
+        `weight_OI` is dequantized in place.
+        """
         start = time.perf_counter()
+        rows = [linear.source.shape[0] for linear in linears]
         with self.watch.stage("solve"):
-            weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-            grid = self._grid(linears[0])
-            solution = self.method.solve(weight_OI, grid, moments)
-            parts = solution.weight.split([len(w) for w in weights]) if len(weights) > 1 else [solution.weight]
+            solution = self.method.solve(weight_OI, self._grid(linears[0]), moments)
+            parts = solution.weight.split(rows) if len(rows) > 1 else [solution.weight]
         with self.watch.stage("measure"):
+            second_II = moments.second_II if moments else None
             errors = [
-                _errors(w, q, moments.second_II if moments else None) for w, q in zip(weights, parts, strict=True)
+                replace_and_compare(weight, part.dequantize(), second_II)
+                for weight, part in zip(weight_OI.split(rows), parts, strict=True)
             ]
-        wall_s = time.perf_counter() - start
+        wall_s = (time.perf_counter() - start) / len(weight_OI)
         return [
-            (part, _layer_record(linear, error, wall_s * len(weight) / len(weight_OI), solution))
-            for linear, weight, part, error in zip(linears, weights, parts, errors, strict=True)
+            (part, _layer_record(linear, error, wall_s * linear.source.shape[0], solution))
+            for linear, part, error in zip(linears, parts, errors, strict=True)
         ]
 
     def _grid(self, linear: Linear) -> IntGrid:
@@ -258,14 +260,28 @@ def read_back(written: Checkpoint, plan: Plan, format: Format, linear: Linear) -
     return format.unpack(linear.module, dict(written.read_many(t.name for t in layout)), linear.scheme)
 
 
-def _errors(weight_OI: Tensor, quantized: QTensor, moment_II: Tensor | None) -> tuple[float, float | None]:
-    """Relative Frobenius errors of a weight and, given the second moment of its inputs, of its output."""
-    error_OI = quantized.dequantize().sub_(weight_OI)
-    relative = _ratio(error_OI.square().sum(), weight_OI.square().sum())
-    if moment_II is None:
-        return relative, None
-    lost = ((error_OI @ moment_II) * error_OI).sum()
-    return relative, _ratio(lost, ((weight_OI @ moment_II) * weight_OI).sum())
+def stack(linears: list[nn.Linear]) -> Tensor:
+    """The weights of linears along their rows, [O, I]; from now on each linear's weight is its part of that."""
+    if len(linears) == 1:
+        return linears[0].weight.data
+    stacked_OI = torch.cat([linear.weight.data for linear in linears])
+    for linear, part in zip(linears, stacked_OI.split([len(x.weight) for x in linears]), strict=True):
+        linear.weight.data = part
+    return stacked_OI
+
+
+def replace_and_compare(weight_OI: Tensor, new_OI: Tensor, second_II: Tensor | None) -> tuple[float, float | None]:
+    """Overwrite a weight; the relative Frobenius errors of weight and, given E[x x^T] of its input, of output."""
+    sums = torch.zeros(4, dtype=torch.float64)  # |D|^2, |W|^2, tr D H D^T, tr W H W^T
+    for weight, new in zip(weight_OI.split(ERROR_ROWS), new_OI.split(ERROR_ROWS), strict=True):
+        error = new - weight
+        products = [error.square().sum(), weight.square().sum()]
+        if second_II is not None:
+            products += [((x @ second_II).mul_(x)).sum() for x in (error, weight)]
+        sums[: len(products)] += torch.stack(products).double().cpu()
+        weight.copy_(new)
+    weight_error, output_error = _ratio(sums[0], sums[1]), _ratio(sums[2], sums[3])
+    return weight_error, None if second_II is None else output_error
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

@@ -21,11 +21,11 @@ import torch
 VOCABULARY = 320  # rows of the embedding: more than the tokenizer has, as in many real models
 TOKENS = 300  # of the tokenizer
 BOS, EOS = "<s>", "</s>"
-WORDS = (
-    "weight scale group block column error tensor layer model token round grid search code bits nearest value "
-    "matrix input output moment factor order damping shard header journal recipe scheme method format the a of "
-    "in and to is that for with each one two four eight every after before between never always"
-).split()
+WORDS = """
+    weight scale group block column error tensor layer model token round grid search code bits nearest value
+    matrix input output moment factor order damping shard header journal recipe scheme method format the a of
+    in and to is that for with each one two four eight every after before between never always
+""".split()  # noqa: SIM905 (shorter than a list)
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -109,7 +109,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) ->
     """
     made: dict[str, Path] = {}
 
-    def make(kind: str = "llama", dtype: str = "bfloat16", tied: bool = True, shards: bool = False, **overrides: Any) -> Path:
+    def make(
+        kind: str = "llama", dtype: str = "bfloat16", tied: bool = True, shards: bool = False, **overrides: Any
+    ) -> Path:
         key = json.dumps([kind, dtype, tied, shards, overrides], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{kind}-{dtype}-{'tied' if tied else 'untied'}")

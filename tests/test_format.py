@@ -188,7 +188,9 @@ MIXED = {
 SHAPES = {module: (33, 64) if "q_proj" in module else (17, 96) for module in MIXED}
 
 
-def write_packed(folder: Path, schemes: dict[str, str], change: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None) -> dict[str, QTensor]:
+def write_packed(
+    folder: Path, schemes: dict[str, str], change: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None
+) -> dict[str, QTensor]:
     """A checkpoint with these modules and one dense norm; `change` may damage its tensors and its config."""
     weights = {m: make_qtensor(s, *SHAPES[m], seed=i) for i, (m, s) in enumerate(schemes.items())}
     tensors: dict[str, Tensor] = {"model.norm.weight": torch.ones(4)}
@@ -206,7 +208,12 @@ def write_packed(folder: Path, schemes: dict[str, str], change: Callable[[dict[s
 
 @pytest.mark.parametrize(
     "schemes",
-    [MIXED, dict.fromkeys(MIXED, "int4-g32-sym"), dict.fromkeys(MIXED, "int3-tensor-asym"), dict.fromkeys(MIXED, "int8-channel-asym")],
+    [
+        MIXED,
+        dict.fromkeys(MIXED, "int4-g32-sym"),
+        dict.fromkeys(MIXED, "int3-tensor-asym"),
+        dict.fromkeys(MIXED, "int8-channel-asym"),
+    ],
     ids=["mixed", "one", "tensor", "channel"],
 )
 def test_a_written_checkpoint_reads_back(tmp_path: Path, schemes: dict[str, str]) -> None:
@@ -297,7 +304,7 @@ DAMAGES = {
     "no zero point of a channel": (drop(CHANNEL + ".weight_zero_point"), CHANNEL + ".weight_zero_point"),
     "short words": (put(GROUPED + ".weight_packed", torch.zeros(33, 7, dtype=torch.int32)), GROUPED + ".weight_packed"),
     "flat words": (put(GROUPED + ".weight_packed", torch.zeros(33, dtype=torch.int32)), GROUPED + ".weight_packed"),
-    "a scalar for words": (put(GROUPED + ".weight_packed", torch.tensor(1, dtype=torch.int32)), GROUPED + ".weight_packed"),
+    "a scalar for words": (put(GROUPED + ".weight_packed", torch.tensor(1).int()), GROUPED + ".weight_packed"),
     "scale of fewer rows": (put(GROUPED + ".weight_scale", torch.ones(32, 4)), GROUPED + ".weight_scale"),
     "scale of more groups": (put(GROUPED + ".weight_scale", torch.ones(33, 5)), GROUPED),
     "a scalar for a scale": (put(GROUPED + ".weight_scale", torch.tensor(1.0)), GROUPED + ".weight_scale"),
@@ -323,8 +330,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_tensor(tmp_path: Path, 
     change, named = DAMAGES[damage]
     write_packed(tmp_path, {GROUPED: "int4-g16-asym", CHANNEL: "int3-channel-asym"}, change)
     with pytest.raises(QtoolError) as caught:
-        weights = Weights(Checkpoint(tmp_path))
-        weights.read([f"{GROUPED}.weight", f"{CHANNEL}.weight"])
+        Weights(Checkpoint(tmp_path)).read([f"{GROUPED}.weight", f"{CHANNEL}.weight"])
     assert f"`{named}" in caught.value.message, caught.value.message
 
 
@@ -361,7 +367,11 @@ def test_a_config_that_is_not_read_is_an_error(tmp_path: Path, kind: str) -> Non
 
 
 def test_another_quantization_method_is_named(tmp_path: Path) -> None:
-    write_packed(tmp_path, {GROUPED: "int4-g16-sym"}, lambda tensors, config: config["quantization_config"].update(quant_method="awq"))
+    write_packed(
+        tmp_path,
+        {GROUPED: "int4-g16-sym"},
+        lambda tensors, config: config["quantization_config"].update(quant_method="awq"),
+    )
     with pytest.raises(QtoolError, match="is quantized as `awq`"):
         Weights(Checkpoint(tmp_path))
 

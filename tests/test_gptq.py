@@ -53,7 +53,9 @@ def mismatch(ours: Tensor, other: Tensor) -> str:
     return f"{int((gap > 0).sum())} of {gap.numel()} differ; max difference {gap.max():.3e}, mean {gap.mean():.3e}"
 
 
-def naive_gptq(weight_OI: Tensor, grid: IntGrid, params: GridParams, second_II: Tensor, damp: float, activation: bool) -> Tensor:
+def naive_gptq(
+    weight_OI: Tensor, grid: IntGrid, params: GridParams, second_II: Tensor, damp: float, activation: bool
+) -> Tensor:
     """Algorithm 1 of arXiv 2210.17323 with blocks of one column, in float64; codes [O, I].
 
     Scales are those of each column's own group, whatever the order.
@@ -78,7 +80,9 @@ def naive_gptq(weight_OI: Tensor, grid: IntGrid, params: GridParams, second_II: 
     for j in range(inputs):
         group = order[j] * groups // inputs
         column_scale = scale[:, group].expand(rows)
-        column_zero = zero[:, group].double().expand(rows) if zero is not None else torch.full((rows,), float(half)).double()
+        column_zero = (
+            zero[:, group].double().expand(rows) if zero is not None else torch.full((rows,), float(half)).double()
+        )
         code = ((weight[:, j] / column_scale).round() + column_zero).clamp(0, 2 * half - 1)
         codes[:, order[j]] = code.to(torch.uint8)
         error = (weight[:, j] - (code - column_zero) * column_scale) / upper[j, j]
@@ -116,10 +120,15 @@ def test_it_leaves_its_arguments_alone() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_never_worse_than_rounding(scheme: str, seed: int) -> None:
     weight, second = make_weight(seed=seed), correlated(seed=seed + 7)
-    rounded = {scales: loss(weight, RTN(scales=scales).solve(weight, grid(scheme), None).weight, second) for scales in ("searched", "minmax")}
+    rounded = {
+        scales: loss(weight, RTN(scales=scales).solve(weight, grid(scheme), None).weight, second)
+        for scales in ("searched", "minmax")
+    }
     for order in ("activation", "natural"):
         for scales in ("searched", "minmax"):
-            ours = loss(weight, GPTQ(order=order, scales=scales).solve(weight, grid(scheme), Moments(second)).weight, second)
+            ours = loss(
+                weight, GPTQ(order=order, scales=scales).solve(weight, grid(scheme), Moments(second)).weight, second
+            )
             assert ours < rounded[scales], f"{order}, {scales}: {ours:.4e}, rounding {rounded[scales]:.4e}"
     best = loss(weight, GPTQ().solve(weight, grid(scheme), Moments(second)).weight, second)
     assert best < 0.7 * min(rounded.values()), f"gptq {best:.4e}, rounding {rounded}"
@@ -203,7 +212,9 @@ def test_inputs_that_are_always_zero() -> None:
             assert solved.notes == ["4 of 96 inputs are always zero on the calibration data"]
             params = solved.weight.params
             alone = grid("int4-g32-sym").encode(weight, params)[:, dead]
-            assert torch.equal(solved.weight.codes[:, dead], alone), "a dead input takes part in no feedback: it is rounded"
+            assert torch.equal(solved.weight.codes[:, dead], alone), (
+                "a dead input takes part in no feedback: it is rounded"
+            )
             naive = naive_gptq(weight, grid("int4-g32-sym"), params, second, damp, order == "activation")
             told = mismatch(solved.weight.codes, naive)
             assert int((solved.weight.codes != naive).any(1).sum()) <= 1, told

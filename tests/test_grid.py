@@ -66,7 +66,9 @@ def range_of(grid: IntGrid, params: GridParams, columns: int) -> tuple[Tensor, T
 
 @every_grid
 @pytest.mark.parametrize("search", [True, False], ids=["searched", "minmax"])
-def test_error_is_at_most_half_a_step(bits: int, granularity: str, symmetry: str, dtype: torch.dtype, search: bool) -> None:
+def test_error_is_at_most_half_a_step(
+    bits: int, granularity: str, symmetry: str, dtype: torch.dtype, search: bool
+) -> None:
     grid, weight = make_grid(bits, granularity, symmetry, dtype), make_weight()
     params = grid.fit(weight, search=search)
     back = grid.decode(grid.encode(weight, params), params)
@@ -171,7 +173,9 @@ def test_search_is_never_worse_than_the_range(
     plain = weighted_error(grid, weight, grid.fit(weight, search=False), importance)
     # both compare float32 errors: the search multiplies by 1/s where encode divides by s
     worse = searched - plain * (1 + 1e-5) - 1e-12
-    assert (worse <= 0).all(), f"{int((worse > 0).sum())} groups worse, by {worse.max():.3e} at most of {plain.max():.3e}"
+    assert (worse <= 0).all(), (
+        f"{int((worse > 0).sum())} groups worse, by {worse.max():.3e} at most of {plain.max():.3e}"
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -301,7 +305,9 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("scheme", ["int4-g32-sym", "int3-g16-asym", "int2-channel-sym", "int8-channel-asym", "int4-tensor-asym"])
+@pytest.mark.parametrize(
+    "scheme", ["int4-g32-sym", "int3-g16-asym", "int2-channel-sym", "int8-channel-asym", "int4-tensor-asym"]
+)
 def test_threads_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     weight = make_weight(rows=37, inputs=96)
     importance = torch.rand(96, generator=torch.Generator().manual_seed(3))
@@ -365,7 +371,8 @@ finite = st.floats(-1e4, 1e4, width=32, allow_nan=False)
     bits=st.integers(2, 8),
     symmetry=st.sampled_from(["sym", "asym"]),
     dtype=st.sampled_from(SCALE_DTYPES),
-    weights=st.lists(finite, min_size=8, max_size=8) | st.lists(st.sampled_from([0.0, 1.0, -1.0, 1e-3]), min_size=8, max_size=8),
+    weights=st.lists(finite, min_size=8, max_size=8)
+    | st.lists(st.sampled_from([0.0, 1.0, -1.0, 1e-3]), min_size=8, max_size=8),
     importance=st.none() | st.lists(st.floats(0, 1e6, width=32), min_size=8, max_size=8),
 )
 @settings(deadline=None, max_examples=150)

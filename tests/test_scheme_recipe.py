@@ -301,7 +301,14 @@ def test_shorthands() -> None:
 
 def test_set_makes_and_replaces_keys() -> None:
     tree: dict = {"scheme": "int4", "gptq": {"damp": 0.1, "block": 64}}
-    for assignment in ("gptq.damp=0.05", "data.rows=12", "strict=true", "eval.data.source=a=b.txt", "method=rtn", "eval.max_kl="):
+    for assignment in (
+        "gptq.damp=0.05",
+        "data.rows=12",
+        "strict=true",
+        "eval.data.source=a=b.txt",
+        "method=rtn",
+        "eval.max_kl=",
+    ):
         set_key(tree, assignment)
     assert tree == {
         "scheme": "int4",
@@ -386,7 +393,9 @@ def test_flag_over_set_over_file_over_default(tmp_path: Path, capsys: pytest.Cap
     from qtool.cli import run
 
     path = tmp_path / "r.yaml"
-    path.write_text("scheme: int3-g32-sym\nmethod: rtn\ndata: {source: file.txt, rows: 1, seqlen: 11}\ngptq: {damp: 0.5}\n")
+    path.write_text(
+        "scheme: int3-g32-sym\nmethod: rtn\ndata: {source: file.txt, rows: 1, seqlen: 11}\ngptq: {damp: 0.5}\n"
+    )
     command = ["quantize", "somewhere", "--recipe", str(path), "--print-recipe"]
     command += ["--set", "scheme=int5-g32-sym", "--set", "data.rows=2", "--set", "data.seed=7", "--set", "gptq.block=9"]
     command += ["--scheme", "int6-g32-sym", "--rows", "3", "--layer", "*.q_proj=w8a16", "--ignore", "*.v_proj"]

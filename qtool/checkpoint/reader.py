@@ -84,8 +84,9 @@ class Checkpoint:
         """The tensor `name`, copied out of the file."""
         return next(self.read_many([name]))[1]
 
-    def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors in file order. Each file is mapped only while it is read, so memory is what is held."""
+    def read_many(self, names: Iterable[str], as_float32: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors, file by file, in float32 if asked. Each file is mapped only while it is read."""
+        import torch
         from safetensors import SafetensorError, safe_open
 
         by_file: dict[str, list[str]] = {}
@@ -95,7 +96,8 @@ class Checkpoint:
             try:
                 with safe_open(self.root / file, framework="pt") as handle:
                     for name in members:
-                        yield name, handle.get_tensor(name).clone()
+                        tensor = handle.get_tensor(name)  # lies in the map: what leaves here is a copy
+                        yield name, tensor.to(torch.float32 if as_float32 else tensor.dtype, copy=True)
             except (SafetensorError, OSError) as error:
                 raise QtoolError(f"cannot read {self.root / file}: {error}") from None
 

@@ -81,7 +81,7 @@ def command(
     batch_tokens: Annotated[
         int,
         typer.Option("--batch-tokens", min=1, help="Tokens that run through a block at once; speed and memory only."),
-    ] = 2048,
+    ] = 1024,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,

@@ -33,16 +33,14 @@ class Weights:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """float32 tensors by dense name. Raises QtoolError naming a tensor with NaN or infinity."""
-        modules = {name: name.removesuffix(".weight") for name in names}
-        stored = [n for name, m in modules.items() for n in self.packed_names.get(m, [name])]
-        raw = dict(self.checkpoint.read_many(stored))
-        result = {}
-        for name, module in modules.items():
-            if module in self.schemes and self.format:
-                parts = {n: raw.pop(n) for n in self.packed_names[module]}
-                result[name] = self.format.unpack(module, parts, self.schemes[module]).dequantize()
-            else:
-                result[name] = raw.pop(name).float()
+        names = list(names)
+        packed = {name: module for name in names if (module := name.removesuffix(".weight")) in self.schemes}
+        result = dict(self.checkpoint.read_many((n for n in names if n not in packed), as_float32=True))
+        for name, module in packed.items():
+            assert self.format
+            parts = dict(self.checkpoint.read_many(self.packed_names[module]))
+            result[name] = self.format.unpack(module, parts, self.schemes[module]).dequantize()
+        for name in names:
             check_finite(name, result[name])
         return result
 

@@ -58,7 +58,7 @@ class IntGrid:
     def decode(self, codes_OC: Tensor, params: GridParams) -> Tensor:
         """float32 weights [O, C] of codes: (code - zero) * scale."""
         scale, zero = self._affine(params)
-        return ((codes_OC.unflatten(1, (params.scale.shape[1], -1)).float() - zero) * scale).flatten(1)
+        return codes_OC.unflatten(1, (params.scale.shape[1], -1)).float().sub_(zero).mul_(scale).flatten(1)
 
     def per_column(self, params: GridParams, columns_C: Tensor, rows: int, inputs: int) -> GridParams:
         """The parameters of chosen columns of an [rows, inputs] weight, one group per column, scales in float32."""
