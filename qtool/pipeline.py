@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qtool import __version__
-from qtool.calibration.texts import local_files
+from qtool.calibration.texts import BUILT_IN, check_source, local_files
 from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
 from qtool.checkpoint.writer import StagedOutput, write_json
@@ -19,14 +20,11 @@ from qtool.estimate import estimate
 from qtool.formats import Format, get_format
 from qtool.formats.weights import format_of
 from qtool.methods import Method, get_method
-from qtool.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from qtool.models.architectures import ARCHITECTURES, architecture_of
 from qtool.plan import Linear, Plan, kind_of, make_plan
 from qtool.recipe import Recipe, to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
 from qtool.scheme import QuantScheme
-
-if TYPE_CHECKING:
-    from qtool.solver import Solver
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
 MANIFEST = "manifest.json"
@@ -52,7 +50,6 @@ class Job:
     recipe: Recipe
     method: Method
     format: Format
-    architecture: Architecture | None
     plan: Plan
 
     @property
@@ -69,20 +66,19 @@ def prepare(model: str, recipe: Recipe) -> Job:
         raise UsageError(f"{checkpoint.path} is already quantized", "give the model that it was made from")
     kind = checkpoint.config.get("model_type")
     architecture = ARCHITECTURES.get(str(kind))
-    solvable: Callable[[str], bool] = lambda module: True  # noqa: E731
-    if method.needs:
+    if method.needs or recipe.eval:  # then the model has to be run
         if not checkpoint.config:
             raise UsageError(
-                f"{checkpoint.path} has no config.json, which {recipe.method} needs to run the model",
-                "`--method rtn` needs no data and no model",
+                f"{checkpoint.path} has no config.json, so the model cannot be run",
+                "`--method rtn` without --eval needs no data and no model",
             )
         architecture = architecture_of(checkpoint.config, checkpoint.path)
-        known = tuple(f".{linear}" for linear in architecture.linears())
-        prefix = architecture.blocks + "."
-        solvable = lambda module: module.startswith(prefix) and module.endswith(known)  # noqa: E731
+    for spec in [*([recipe.data] if method.needs else []), *([recipe.eval.data] if recipe.eval else [])]:
+        check_source(spec)
     fused = [group for group in architecture.inputs if len(group) > 1] if architecture else []
+    solvable = architecture.is_block_linear if architecture and method.needs else None
     plan = make_plan(checkpoint.tensors, recipe, format.layout, fused, solvable)
-    return Job(model, checkpoint, recipe, method, format, architecture, plan)
+    return Job(model, checkpoint, recipe, method, format, plan)
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -125,6 +121,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     """
     watch = Stopwatch()
     known = _manifest(out) or {}
+    _check_replaceable(out, known, job.checkpoint.root)
     with watch.stage("identify"):
         progress("identify", 0, 1, str(job.checkpoint.path))
         source = job.checkpoint.identity(FileIdentity(**f) for f in known.get("source_files", []))
@@ -155,7 +152,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
         staged.write_index()
         staged.copy_files(_rest_of_files(job.checkpoint))
         _verify(job, staged, progress)
-    report = _report(job, out, solver, staged, resumed)
+    report = _report(job, out, str(device), staged, resumed)
     _evaluate(job, staged.folder, report, options, progress, watch)
     report.stages_s, report.wall_s, report.peak_memory_bytes = watch.stages_s, watch.wall_s, peak_memory_bytes()
     files = sorted(p for p in staged.folder.iterdir() if p.suffix != ".jsonl")
@@ -179,13 +176,28 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     for name in job.recipe.options:
         recipe.pop(name)
     recipe[job.recipe.method] = asdict(job.method)  # type: ignore[call-overload]
-    data = None
-    if job.needs_data:
-        data = {str(path): sha256_file(path) for path in local_files(job.recipe.data)}
-    else:
+    data = {}
+    if not job.needs_data:
         recipe.pop("data")
+    elif job.recipe.data.source in BUILT_IN:
+        data = {job.recipe.data.source: f"of Python {platform.python_version()}"}
+    else:
+        data = {str(path): sha256_file(path) for path in local_files(job.recipe.data)}
     weights = {f.name: f.sha256 for f in source}
     return {"qtool": __version__, "recipe": recipe, "source": weights, "data_files": data}
+
+
+def _check_replaceable(out: Path, manifest: Mapping[str, Any], source: Path) -> None:
+    """Raises UsageError when OUT is the source, or holds something that even --force must not throw away."""
+    here, there = out.resolve(), source.resolve()
+    if here == there or here in there.parents:
+        raise UsageError(f"{out} is where the model itself is", "give another folder with -o/--output")
+    if not out.exists() or manifest:
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder", "give another -o/--output")
+    if any(out.iterdir()) and not any(out.glob("*.safetensors")):
+        raise UsageError(f"{out} holds something else than a model", "give another -o/--output")
 
 
 def _manifest(out: Path) -> dict[str, Any] | None:
@@ -262,7 +274,7 @@ def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
         progress("verify", done + 1, len(job.plan.units), unit.name)
 
 
-def _report(job: Job, out: Path, solver: Solver, staged: StagedOutput, resumed: int) -> Report:
+def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int) -> Report:
     layers = [
         LayerRecord(**{**x, "shape": tuple(x["shape"]), "notes": tuple(x["notes"])})
         for unit in job.plan.units
@@ -284,9 +296,9 @@ def _report(job: Job, out: Path, solver: Solver, staged: StagedOutput, resumed: 
         bytes_before=job.checkpoint.size_bytes,
         bytes_after=job.plan.size_bytes,
         bits_per_weight=job.plan.bits_per_weight,
-        notes=[*solver.notes, *notes],
-        data=solver.data_record(),
-        device=str(solver.device),
+        notes=[*dict.fromkeys(note for record in staged.done.values() for note in record["notes"]), *notes],
+        data=next((record["data"] for record in staged.done.values() if record["data"]), None),
+        device=device,
         resumed_units=resumed,
         versions=versions("torch", "transformers", "safetensors"),
     )
@@ -312,5 +324,5 @@ def _evaluate(
 
     with watch.stage("evaluate"):
         result = evaluate(folder, job.checkpoint.path, job.recipe.eval, options.device, progress)
-    report.evaluation = result.to_tree()
+    report.evaluation = {**result.to_tree(), "model": report.output}
     report.gates = check_gates(result, job.recipe.eval)

@@ -85,7 +85,7 @@ def make_plan(
     recipe: Recipe,
     layout: Layout,
     fused: Iterable[tuple[str, ...]] = (),
-    solvable: Callable[[str], bool] = lambda module: True,
+    solvable: Callable[[str], bool] | None = None,
 ) -> Plan:
     """The plan for a checkpoint's headers. `fused` names linears (relative to a block) that are served as one;
     `solvable` says which modules the method can work on. Raises UsageError with every problem in it."""
@@ -110,7 +110,8 @@ def make_plan(
         modules.append(module)
     _check_patterns(recipe, modules, linears, problems, hints)
     _check_shapes(linears, problems, hints)
-    _check_solvable([x for x in linears if not solvable(x.module)], recipe.method, problems, hints)
+    if solvable:
+        _check_solvable([x for x in linears if not solvable(x.module)], recipe.method, problems, hints)
     _check_fused(linears, tuple(fused), problems, hints)
     if not linears and not problems:
         problems.append("no tensor of this checkpoint is a linear layer to quantize")

@@ -210,7 +210,13 @@ class _UnitRecord:
                 self.layers.append(record)
 
     def to_tree(self) -> dict[str, Any]:
-        return {"layers": [asdict(layer) for layer in self.layers], "tensors": self.tensors, "solved": self.solved}
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "tensors": self.tensors,
+            "solved": self.solved,
+            "data": self.solver.data_record(),
+            "notes": self.solver.notes,
+        }
 
 
 class _Rows:

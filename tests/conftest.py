@@ -46,7 +46,13 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"head_dim": 32},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 5.0},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 1.0,
+    },
     "gemma3_text": {
         "head_dim": 16,
         "query_pre_attn_scalar": 16,

@@ -71,6 +71,18 @@ def test_logits_are_those_of_the_whole_model(make_model: MakeModel, kind: str, t
             assert_close(logits, whole(input_ids=batch, use_cache=False).logits, f"{kind}, batch {tuple(batch.shape)}")
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_attention_code_is_exact(make_model: MakeModel, kind: str) -> None:
+    """Against plain matrix products, whatever the table chose: a faster code may leave something out."""
+    path, batch = make_model(kind), random_batches([(2, 32)])[0]
+    ours = logits_by_block(open_model(path), [batch])[0]
+    whole = whole_model(path)
+    whole.set_attn_implementation("eager")
+    with torch.no_grad():
+        gap = (ours - whole(input_ids=batch, use_cache=False).logits).abs()
+    assert gap.max() < 1e-4, f"max difference {gap.max():.3e}, mean {gap.mean():.3e}"
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "qwen2", "phi3"])
 def test_the_sliding_window_is_felt(make_model: MakeModel, kind: str) -> None:
     """Otherwise the test above would not notice a wrong mask."""

@@ -37,6 +37,13 @@ def read_texts(spec: DataSpec, split: str, render: Render) -> Iterator[str]:
         yield from _data_set(spec, split, render)
 
 
+def check_source(spec: DataSpec) -> None:
+    """Raises UsageError for a local file or folder that is not there; a data set id is only known when it is read."""
+    path = Path(spec.source).expanduser()
+    if spec.source not in BUILT_IN and not path.exists() and _looks_local(spec.source):
+        raise UsageError(f"no such file or folder: {spec.source}")
+
+
 def local_files(spec: DataSpec) -> list[Path]:
     """The files behind `spec`, none for a built-in name or a data set id."""
     path = Path(spec.source).expanduser()
@@ -45,6 +52,10 @@ def local_files(spec: DataSpec) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.suffix in FILE_TYPES)
     return [path] if path.is_file() else []
+
+
+def _looks_local(source: str) -> bool:
+    return source.count("/") > 1 or source.startswith((".", "~", "/")) or Path(source).suffix in FILE_TYPES
 
 
 def _built_in(split: str) -> list[str]:
@@ -75,8 +86,7 @@ def _file(path: Path, column: str | None, render: Render) -> Iterator[str]:
 
 
 def _data_set(spec: DataSpec, split: str, render: Render) -> Iterator[str]:
-    if spec.source.count("/") > 1 or spec.source.startswith((".", "~", "/")) or Path(spec.source).suffix in FILE_TYPES:
-        raise UsageError(f"no such file or folder: {spec.source}")
+    check_source(spec)
     from datasets import load_dataset
 
     name, _, config = spec.source.partition(":")

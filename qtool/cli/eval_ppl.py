@@ -54,7 +54,9 @@ def command(
 ) -> int:
     """Measure the perplexity of MODEL, dense or packed.
 
-    Example: qtool eval-ppl ./llama-w4 --baseline ./llama --data wiki.txt --max-kl 0.05
+    \b
+    qtool eval-ppl ./llama-w4 --data wiki.txt
+    qtool eval-ppl ./llama-w4 --baseline ./llama --data wiki.txt --max-kl 0.05
     """
     console = state.open_console(
         as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format,

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str, typer.Argument(help="A folder or .safetensors file, or a hub id (org/name or org/name@revision).")
+    str,
+    typer.Argument(metavar="MODEL", help="A folder or .safetensors file, or a hub id (org/name or org/name@revision)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the result, warnings and errors.")]

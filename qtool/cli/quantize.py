@@ -94,7 +94,9 @@ def command(
 
     Interrupted, the same command goes on where it stopped; done, it says so and changes nothing.
 
-    Example: qtool quantize ./llama -o ./llama-w4 --scheme w4a16 --eval wiki.txt --max-ppl-increase 1%
+    \b
+    qtool quantize ./llama -o ./llama-w4 --scheme w4a16 --data code.jsonl
+    qtool quantize ./llama -o ./llama-w4 --eval wiki.txt --max-ppl-increase 1%
     """
     console = state.open_console(
         as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format

@@ -33,6 +33,11 @@ class Architecture:
         """The linears of a block, relative to it."""
         return [linear for group in self.inputs for linear in group]
 
+    def is_block_linear(self, module: str) -> bool:
+        """Whether a module of the checkpoint is one of those linears."""
+        inside = module.startswith(self.blocks + ".")
+        return inside and module.endswith(tuple(f".{linear}" for linear in self.linears()))
+
 
 LLAMA = Architecture()
 PHI3 = Architecture(

@@ -166,9 +166,8 @@ class BlockModel:
         state = {n: values[source].to(self.device) for n, source in sources.items()}
         for n, parameter in module.named_parameters():
             if state[n].shape != parameter.shape:
-                raise QtoolError(
-                    f"`{sources[n]}` has shape {tuple(state[n].shape)}, but config.json asks for {tuple(parameter.shape)}"
-                )
+                shape, wanted = tuple(state[n].shape), tuple(parameter.shape)
+                raise QtoolError(f"`{sources[n]}` has shape {shape}, but config.json asks for {wanted}")
         module.load_state_dict(state, assign=True, strict=False)
         module.requires_grad_(False)
         try:
