@@ -30,3 +30,10 @@ class TensorInfo:
 def scale_dtype(weight_dtype: str) -> str:
     """How the scales of a weight are stored: 16 bits, in the range of the weight's own type."""
     return "F16" if weight_dtype == "F16" else "BF16"
+
+
+def kind_of(module: str) -> str:
+    """A layer's name with the block's number taken out: `*.self_attn.q_proj`."""
+    parts = module.split(".")
+    last_number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(["*", *parts[last_number + 1 :]]) if last_number >= 0 else module

@@ -14,20 +14,20 @@ from qtool import __version__
 from qtool.calibration.texts import BUILT_IN, check_source, local_files
 from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
-from qtool.checkpoint.writer import StagedOutput, write_json
+from qtool.checkpoint.writer import MANIFEST, StagedOutput, write_json
 from qtool.errors import QtoolError, UsageError
 from qtool.estimate import estimate
 from qtool.formats import Format, get_format
 from qtool.formats.weights import format_of
+from qtool.headers import kind_of
 from qtool.methods import Method, get_method
 from qtool.models.architectures import ARCHITECTURES, architecture_of
-from qtool.plan import Linear, Plan, kind_of, make_plan
+from qtool.plan import Linear, Plan, make_plan
 from qtool.recipe import Recipe, to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
 from qtool.scheme import QuantScheme
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
-MANIFEST = "manifest.json"
 OWN_FILES = {MANIFEST, "config.json", "quantize_config.json"}
 SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial"}
 
@@ -38,7 +38,7 @@ class RunOptions:
 
     device: str = "auto"
     force: bool = False
-    batch_tokens: int = 1024  # that run through a block at once; speed and memory only
+    batch_tokens: int = 512  # that run through a block at once; speed and memory only
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,12 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     report = _report(job, out, str(device), staged, resumed)
     _evaluate(job, staged.folder, report, options, progress, watch)
     report.stages_s, report.wall_s, report.peak_memory_bytes = watch.stages_s, watch.wall_s, peak_memory_bytes()
-    files = sorted(p for p in staged.folder.iterdir() if p.suffix != ".jsonl")
     manifest = {
         "qtool": __version__,
         "identity": identity,
         "evaluation_recipe": _evaluation_tree(job.recipe),
         "source_files": [asdict(f) for f in source],
-        "files": [{"name": p.name, "size_bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files],
+        "files": [{"name": p.name, "size_bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in staged.files()],
         "report": report.to_tree(),
     }
     staged.publish(manifest)

@@ -6,9 +6,10 @@ name, and one unit for all that is outside such a list. Never imports torch.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -91,6 +92,8 @@ def make_plan(
     `solvable` says which modules the method can work on. Raises UsageError with every problem in it."""
     problems: list[str] = []
     hints: list[str] = []
+    for pattern in (*recipe.layers, *recipe.ignore):
+        _check_pattern(pattern)
     default = QuantScheme.parse(recipe.scheme)
     overrides = {pattern: QuantScheme.parse(scheme) for pattern, scheme in recipe.layers.items()}
     linears: list[Linear] = []
@@ -140,13 +143,6 @@ def unit_of(name: str) -> str:
     return match[1] if match else OUTSIDE
 
 
-def kind_of(module: str) -> str:
-    """A layer's name with the block's number taken out: `*.self_attn.q_proj`."""
-    parts = module.split(".")
-    last_number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    return ".".join(["*", *parts[last_number + 1 :]]) if last_number >= 0 else module
-
-
 def _why_kept(info: TensorInfo, ignore: Iterable[str]) -> Kept | None:
     module = info.name.removesuffix(".weight")
     for pattern in ignore:
@@ -163,6 +159,13 @@ def _why_kept(info: TensorInfo, ignore: Iterable[str]) -> Kept | None:
     return None
 
 
+def _check_pattern(pattern: str) -> None:
+    try:
+        matches("", pattern)
+    except re.error as error:
+        raise UsageError(f"pattern `{pattern}` is not a regular expression: {error}") from None
+
+
 def _check_patterns(
     recipe: Recipe, modules: list[str], linears: list[Linear], problems: list[str], hints: list[str]
 ) -> None:
@@ -170,12 +173,7 @@ def _check_patterns(
     asked = [(p, quantized, "--layer") for p in recipe.layers]
     asked += [(p, modules, "--ignore") for p in recipe.ignore if p not in DEFAULT_IGNORE]
     for pattern, candidates, flag in asked:
-        try:
-            found = any(matches(module, pattern) for module in candidates)
-        except re.error as error:
-            problems.append(f"{flag} pattern `{pattern}` is not a regular expression: {error}")
-            continue
-        if not found:
+        if not any(matches(module, pattern) for module in candidates):
             what = "layer to quantize" if flag == "--layer" else "tensor"
             problems.append(
                 f"{flag} pattern `{pattern}` matches no {what} (for example `{candidates[0] if candidates else '-'}`)"
@@ -195,7 +193,8 @@ def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) 
         kind = members[0].module.rpartition(".")[2]
         inputs = members[0].source.shape[1]
         divisor = inputs & -inputs  # the largest power of two that divides
-        smaller = f", or use `--scheme int{members[0].scheme.bits}-g{divisor}-sym`" if divisor >= 16 else ""
+        smaller_scheme = dataclasses.replace(members[0].scheme, group_size=divisor)
+        smaller = f", or use `--scheme {smaller_scheme}`" if divisor >= 16 else ""
         hints.append(f"give these layers another scheme: `--layer '*.{kind}=int8-channel-sym'`{smaller}")
 
 
@@ -265,5 +264,5 @@ def _assign_files(units: Iterable[Unit], layout: Layout) -> dict[str, TensorInfo
         file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
         # safetensors wants each tensor aligned to its own type: wide types first
         for info in sorted(shard, key=lambda i: (-DTYPE_BITS[i.dtype], i.name)):
-            result[info.name] = replace(info, file=file)
+            result[info.name] = dataclasses.replace(info, file=file)
     return result

@@ -6,7 +6,9 @@ back as YAML. An unknown key is an error with the nearest known one. Never impor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +23,12 @@ from qtool.scheme import QuantScheme
 
 DEFAULT_IGNORE = ("*lm_head", "*embed_out", "*embed*", "*wte", "*wpe", "*norm*", "*router*", "*.gate")
 PROTOCOLS = ("windows", "rows", "llama.cpp")
+SHORTHANDS = {"data": "source", "eval": "data"}  # a section given as one word means this key of it
+
+
+def _at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and not least <= value < math.inf:
+        raise UsageError(f"{name} is {value}, but must be a number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,10 @@ class DataSpec:
     pack: bool = True  # True: join the texts and cut; False: one row per text
     seed: int = 0  # which rows, when there are more than asked for
 
+    def __post_init__(self) -> None:
+        _at_least("rows", self.rows, 1)
+        _at_least("seqlen", self.seqlen, 2)
+
 
 @dataclass(frozen=True)
 class EvalSpec:
@@ -45,6 +57,10 @@ class EvalSpec:
     stride: int | None = None  # windows: tokens between their starts; default no overlap
     max_ppl_increase: str | None = None  # gate: "1%" relative, or "0.2" absolute
     max_kl: float | None = None  # gate on the mean KL divergence, in nats per token
+
+    def __post_init__(self) -> None:
+        _at_least("stride", self.stride, 1)
+        _at_least("max_kl", self.max_kl, 0)
 
 
 @dataclass(frozen=True)
@@ -104,20 +120,27 @@ def set_key(tree: dict[str, Any], assignment: str) -> None:
     path, equals, value = assignment.partition("=")
     if not equals or not path:
         raise UsageError(f"`--set {assignment}` is not KEY=VALUE", "for example `--set gptq.damp=0.05`")
-    *parents, last = path.split(".")
+    *parents, last = path.split(".", 1 if path.startswith("layers.") else -1)  # patterns have dots of their own
     for parent in parents:
-        branch = tree.get(parent)
-        tree[parent] = branch = dict(branch) if isinstance(branch, Mapping) else {}
-        tree = branch
+        tree[parent] = section(tree, parent)
+        tree = tree[parent]
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UsageError(f"`--set {assignment}`: `{value}` is not a YAML value") from None
 
 
-def options_of(cls: type, values: Mapping[str, Any], section: str) -> Any:
+def section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a section of a tree, empty when it is not there; one word stands for its main key."""
+    value = tree.get(name)
+    if isinstance(value, str) and name in SHORTHANDS:
+        return {SHORTHANDS[name]: value}
+    return dict(_mapping(f"`{name}`", value if value is not None else {}))
+
+
+def options_of(cls: type, values: Mapping[str, Any], name: str) -> Any:
     """An instance of an options dataclass from plain values, checked key by key and type by type."""
-    return _from_tree(cls, values, section + ".")
+    return _from_tree(cls, values, name + ".")
 
 
 def _mapping(what: str, value: object) -> Mapping[str, Any]:
@@ -145,8 +168,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return None
         return _convert(value, next(a for a in args if a is not type(None)), key)
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, str) and hint is DataSpec:
-            return DataSpec(source=value)
+        main_key = {DataSpec: "source", EvalSpec: "data"}.get(typing.cast(type, hint))
+        if isinstance(value, str) and main_key:
+            value = {main_key: value}
         return _from_tree(typing.cast(type, hint), value, key + ".")
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
@@ -154,8 +178,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return tuple(items)
     elif origin is not None and issubclass(origin, Mapping):
         return {str(k): str(v) for k, v in _mapping(f"`{key}`", value).items()}
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):  # YAML 1.1 takes 1e-3 for text
+            return float(value)
     elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     elif hint in (int, bool) and type(value) is hint:

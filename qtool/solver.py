@@ -21,6 +21,7 @@ from qtool.calibration.stats import InputStats, Moments, inputs_of
 from qtool.calibration.tokens import Tokenizer, TokenRows, batches, calibration_rows, too_little_data
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import StagedOutput, raw_bytes
+from qtool.errors import QtoolError
 from qtool.formats import Format
 from qtool.formats.weights import Weights, check_finite
 from qtool.headers import scale_dtype
@@ -95,10 +96,14 @@ class Solver:
             self._check_amount(self.rows)
             rows = _Rows(model, self.rows, batch_tokens, cross="cross" in self.method.needs)
         units = {unit.name: unit for unit in self.plan.units}
-        last = max(i for i in range(len(model.blocks)) if model.block_name(i) in wanted)
+        names = [model.block_name(index) for index in range(len(model.blocks))]
+        beyond = sorted(wanted - set(names))
+        if beyond:
+            raise QtoolError(f"the checkpoint has weights of `{beyond[0]}`, but config.json only {len(names)} blocks")
+        last = max(index for index, name in enumerate(names) if name in wanted)
         for index in range(last + 1):
-            unit = units[model.block_name(index)]
             with model.block(index) as block:
+                unit = units[names[index]]
                 with self.watch.stage("calibrate"):
                     rows.enter(block, index)
                 if unit.name in wanted:

@@ -262,7 +262,7 @@ def test_same_again_is_up_to_date_and_another_recipe_is_refused(make_model, cali
     assert report.layers
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     with pytest.raises(
-        UsageError, match="was made otherwise: recipe.scheme was `int4-g32-sym` and is now `int8-g32-sym`"
+        UsageError, match=r"was made otherwise: recipe\.scheme was `int4-g32-sym` and is now `int8-g32-sym`"
     ):
         run(model, out, {**tree, "scheme": "int8-g32-sym"})
     report, up_to_date = run(model, out, {**tree, "scheme": "int8-g32-sym"}, dataclasses.replace(CPU, force=True))

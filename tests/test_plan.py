@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from qtool import plan as plan_module
 from qtool.errors import UsageError
 from qtool.formats.compressed_tensors import CompressedTensors
-from qtool.headers import DTYPE_BITS, TensorInfo, scale_dtype
+from qtool.headers import DTYPE_BITS, TensorInfo, kind_of, scale_dtype
 from qtool.models.architectures import LLAMA
-from qtool.plan import OUTSIDE, Plan, kind_of, make_plan, matches, unit_of
+from qtool.plan import OUTSIDE, Plan, make_plan, matches, unit_of
 from qtool.recipe import DEFAULT_IGNORE, Recipe
 
 FUSED = tuple(group for group in LLAMA.inputs if len(group) > 1)

@@ -72,7 +72,7 @@ def _file(path: Path, column: str | None, render: Render) -> Iterator[str]:
             yield path.read_text(encoding="utf-8")
         elif path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
-                yield from _texts((json.loads(line) for line in file if line.strip()), column, render, str(path))
+                yield from _texts(_json_lines(file, path), column, render, str(path))
         elif path.suffix in FILE_TYPES:
             from datasets import load_dataset
 
@@ -81,8 +81,17 @@ def _file(path: Path, column: str | None, render: Render) -> Iterator[str]:
             yield from _texts(records, column, render, str(path))
         else:
             raise UsageError(f"{path} is of no known type", f"known: {', '.join(FILE_TYPES)}")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path} cannot be read as UTF-8 {path.suffix[1:]}: {error}") from None
+
+
+def _json_lines(lines: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{path}: line {number} is not JSON: {error}") from None
 
 
 def _data_set(spec: DataSpec, split: str, render: Render) -> Iterator[str]:

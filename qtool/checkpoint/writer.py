@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JOURNAL = "journal.jsonl"
+MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -88,10 +89,13 @@ class StagedOutput:
         for path in files:
             shutil.copyfile(path, self.folder / path.name)
 
+    def files(self) -> list[Path]:
+        """What the output will hold besides its manifest."""
+        return sorted(p for p in self.folder.iterdir() if p.name not in (JOURNAL, MANIFEST))
+
     def publish(self, manifest: Mapping[str, Any]) -> None:
         """Manifest last, then the rename that makes the output appear."""
-        (self.folder / JOURNAL).unlink()
-        write_json(self.folder / "manifest.json", manifest)
+        write_json(self.folder / MANIFEST, manifest)
         for path in self.folder.iterdir():
             _fsync(path)
         _fsync(self.folder)
@@ -101,6 +105,7 @@ class StagedOutput:
                 shutil.rmtree(replaced)
             self.out.rename(replaced)
         self.folder.rename(self.out)
+        (self.out / JOURNAL).unlink()  # only now: until the rename a crash must find it
         _fsync(self.out.parent)
         if replaced.exists():
             shutil.rmtree(replaced)

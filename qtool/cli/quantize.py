@@ -10,7 +10,7 @@ import typer
 from qtool.cli import options, state
 from qtool.errors import UsageError
 from qtool.methods import METHODS
-from qtool.recipe import DEFAULT_IGNORE, build, load_tree, set_key, to_tree, to_yaml
+from qtool.recipe import DEFAULT_IGNORE, build, load_tree, section, set_key, to_tree, to_yaml
 
 GATE_MISSED = 3
 
@@ -81,7 +81,7 @@ def command(
     batch_tokens: Annotated[
         int,
         typer.Option("--batch-tokens", min=1, help="Tokens that run through a block at once; speed and memory only."),
-    ] = 1024,
+    ] = 512,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -155,11 +155,8 @@ def _put(tree: dict[str, Any], **typed: Any) -> None:
     tree.update({key: value for key, value in typed.items() if value is not None})
 
 
-def _put_into(tree: dict[str, Any], section: str, **typed: Any) -> None:
-    """The same for a section; a section given as one word names its data source."""
+def _put_into(tree: dict[str, Any], name: str, **typed: Any) -> None:
+    """The same for a section."""
     given = {key: value for key, value in typed.items() if value is not None}
     if given:
-        current = tree.get(section) or {}
-        if isinstance(current, str):
-            current = {"source": current}
-        tree[section] = {**current, **given}
+        tree[name] = {**section(tree, name), **given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import UsageError
@@ -16,6 +17,8 @@ def parse_increase(text: str) -> tuple[float, bool]:
     relative = text.strip().endswith("%")
     try:
         value = float(text.strip().removesuffix("%"))
+        if not math.isfinite(value):
+            raise ValueError
     except ValueError:
         raise UsageError(
             f"--max-ppl-increase `{text}` is neither a share such as `1%` nor a number such as `0.2`"

@@ -60,13 +60,14 @@ def token_losses(model: BlockModel, base: BlockModel | None, rows: EvalRows, pro
             columns.setdefault("position", []).append(torch.arange(first, first + len(true)))
             progress("score", index + 1, len(rows.rows), f"row {index}") if index % 64 == 63 else None
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
-    bad = ~torch.isfinite(joined["loss"])
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise QtoolError(
-            f"the model's loss is not finite for {int(bad.sum())} of {len(bad)} tokens, "
-            f"first in row {int(joined['row'][at])} at token {int(joined['position'][at])}"
-        )
+    for name, column in (("model", "loss"), ("baseline", "base_loss")):
+        bad = ~torch.isfinite(joined[column]) if column in joined else torch.zeros(1, dtype=torch.bool)
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            raise QtoolError(
+                f"the {name}'s loss is not finite for {int(bad.sum())} of {len(bad)} tokens, "
+                f"first in row {int(joined['row'][at])} at token {int(joined['position'][at])}"
+            )
     return TokenLosses(**joined, model_s=model_s)
 
 

@@ -54,8 +54,7 @@ def perplexity(loss_N: Tensor, row_N: Tensor) -> Estimate:
     """exp of the mean loss in nats."""
     average = float(loss_N.mean())
     value = _exp(average)
-    error = clustered_error(value * (loss_N - average) / len(loss_N), row_N) if math.isfinite(value) else None
-    return Estimate.of(value, error)
+    return Estimate.of(value, clustered_error(value * (loss_N - average) / len(loss_N), row_N))
 
 
 def perplexity_delta(loss_N: Tensor, base_N: Tensor, row_N: Tensor) -> Estimate:
@@ -86,5 +85,5 @@ def percentiles(values_N: Tensor) -> dict[str, float]:
 
 
 def _exp(nats: float) -> float:
-    """exp, at most the largest float."""
-    return math.exp(min(nats, 700.0))
+    """exp, at most so large that its square is a number: a model beyond that is lost anyhow."""
+    return math.exp(min(nats, 300.0))

@@ -67,6 +67,9 @@ class CompressedTensors:
         from qtool.numerics.packing import unpack_bits
 
         out, inputs = (int(n) for n in tensors[module + SHAPE])
+        for info in self.layout(module, scheme, (out, inputs), "BF16"):
+            if info.name not in tensors or tuple(tensors[info.name].shape) != info.shape:
+                raise QtoolError(f"`{info.name}` does not have the shape {info.shape} of a weight [{out}, {inputs}]")
         whole = scheme.granularity == "tensor"
         scale = tensors[module + SCALE]
         zero = tensors.get(module + ZERO)
@@ -112,14 +115,22 @@ class CompressedTensors:
             scheme = _match(module, groups)
             if scheme is None:
                 raise QtoolError(f"no group of the quantization_config of {checkpoint.path} covers `{module}`")
+            for part, dimensions in ((name, (2,)), (module + SCALE, (1, 2))):
+                if len(checkpoint.tensors[part].shape) not in dimensions:
+                    shape = checkpoint.tensors[part].shape
+                    raise QtoolError(f"`{part}` in {checkpoint.path} has the impossible shape {shape}")
             out = checkpoint.tensors[name].shape[0]
             groups_per_row = checkpoint.tensors[module + SCALE].shape[-1]
             inputs = groups_per_row * scheme.group_size if scheme.group_size else _inputs(checkpoint, module)
-            expected = {t.name: t.shape for t in self.layout(module, scheme, (out, inputs), "BF16")}
-            for tensor, shape in expected.items():
-                actual = checkpoint.tensors[tensor].shape if tensor in checkpoint.tensors else None
-                if actual != shape:
-                    raise QtoolError(f"`{tensor}` in {checkpoint.path} is {actual}, but {scheme} needs {shape}")
+            for wanted in self.layout(module, scheme, (out, inputs), "BF16"):
+                actual = checkpoint.tensors.get(wanted.name)
+                types = ("BF16", "F16", "F32") if wanted.name.endswith(SCALE) else (wanted.dtype,)
+                if actual is None or actual.shape != wanted.shape or actual.dtype not in types:
+                    found_there = f"{actual.dtype} {actual.shape}" if actual else "missing"
+                    raise QtoolError(
+                        f"`{wanted.name}` in {checkpoint.path} is {found_there}, "
+                        f"but {scheme} needs {' or '.join(types)} {wanted.shape}"
+                    )
             found[module] = (scheme, (out, inputs))
         return found
 
@@ -150,12 +161,17 @@ def _weights_entry(scheme: QuantScheme) -> dict[str, Any]:
 
 def _scheme_of(group: dict[str, Any]) -> QuantScheme:
     weights = group.get("weights") or {}
+    bits, group_size = weights.get("num_bits", 0), weights.get("group_size")
     known = weights.get("type") == "int" and weights.get("strategy") in ("tensor", "channel", "group")
+    known = known and isinstance(bits, int) and 2 <= bits <= 8
+    known = known and (weights["strategy"] != "group" or (isinstance(group_size, int) and group_size > 0))
     if not known or group.get("input_activations") or weights.get("actorder") in ("group", "dynamic"):
-        described = f"{weights.get('num_bits')}-bit {weights.get('type')} per {weights.get('strategy')}"
+        described = f"{weights.get('num_bits')}-bit {weights.get('type')} per {weights.get('strategy')} of {group_size}"
         raise QtoolError(f"compressed-tensors weights of this kind are not read: {described}")
-    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
-    return QuantScheme(weights["num_bits"], weights["strategy"], group_size, weights.get("symmetric", True))
+    strategy = weights["strategy"]
+    return QuantScheme(
+        bits, strategy, group_size if strategy == "group" else None, bool(weights.get("symmetric", True))
+    )
 
 
 def _match(module: str, groups: list[tuple[list[str], QuantScheme]]) -> QuantScheme | None:
@@ -165,9 +181,18 @@ def _match(module: str, groups: list[tuple[list[str], QuantScheme]]) -> QuantSch
             for target in targets:
                 if by_class and target == "Linear":
                     return scheme
-                if not by_class and (target == module or (target.startswith("re:") and re.match(target[3:], module))):
+                if not by_class and _names(target, module):
                     return scheme
     return None
+
+
+def _names(target: str, module: str) -> bool:
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target[3:], module) is not None
+    except re.error as error:
+        raise QtoolError(f"the quantization_config has the target `{target}`, which is no pattern: {error}") from None
 
 
 def _patterns(modules: Iterable[str], all_modules: set[str]) -> list[str]:

@@ -19,8 +19,8 @@ from typing import Any
 from qtool.checkpoint.reader import Checkpoint
 from qtool.formats import Format
 from qtool.formats.weights import Weights
+from qtool.headers import kind_of
 from qtool.inspection.logical import Entry, entries, is_float, open_weights, text_config, tied_pair
-from qtool.plan import kind_of
 from qtool.scheme import QuantScheme
 
 COMPONENTS = (  # the first pattern that a module's name matches; a norm may lie inside attention

@@ -34,7 +34,7 @@ class GPTQ:
 
     damp: float = 0.01  # added to the diagonal of H, relative to its mean
     order: str = "activation"  # activation: columns by falling diag(H); natural: as they stand
-    scales: str = "searched"  # searched: least error weighted by diag(H); minmax: from the range of each group
+    scales: str = "searched"  # searched: least error weighted by its cost; minmax: from the range of each group
     block: int = 128  # columns between two matrix products; speed only
 
     needs: ClassVar[frozenset[str]] = frozenset({"second"})

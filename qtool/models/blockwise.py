@@ -32,11 +32,8 @@ class _AllRecorded(Exception):  # noqa: N818 (not an error)
 class _Recorder(nn.Module):
     """Stands in for a block: notes its arguments and hands the hidden states on."""
 
-    def __init__(self, block: nn.Module, last: bool) -> None:
+    def __init__(self, last: bool) -> None:
         super().__init__()
-        for name, value in vars(block).items():  # what the model asks its blocks, such as `attention_type`
-            if isinstance(value, (str, int, bool)) and name not in vars(self):
-                setattr(self, name, value)
         self.last = last
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
@@ -64,17 +61,17 @@ class BlockModel:
         self.architecture = architecture_of(_config(root), root)
         try:
             self.config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-        except (ValueError, OSError, KeyError) as error:
+            if hasattr(self.config, "quantization_config"):
+                del self.config.quantization_config  # the weights arrive dequantized
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(
+                    self.config, attn_implementation=self.architecture.attention, dtype=torch.float32
+                )
+        except Exception as error:  # a config.json may be wrong in any way
             raise QtoolError(
                 f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
-        if hasattr(self.config, "quantization_config"):
-            del self.config.quantization_config  # the weights arrive dequantized
         self.read, self.names, self.device = read, set(names), device
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                self.config, attn_implementation=self.architecture.attention, dtype=torch.float32
-            )
         self.model.eval().requires_grad_(False)
         self._rebuild_buffers()
         self.blocks: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks).children())
@@ -103,7 +100,7 @@ class BlockModel:
         stream = Stream([])
         decoder = self.model.get_submodule(self.architecture.blocks.rpartition(".")[0])
         name = self.architecture.blocks.rpartition(".")[2]
-        recorders = [_Recorder(b, b is self.blocks[-1]) for b in self.blocks]
+        recorders = [_Recorder(b is self.blocks[-1]) for b in self.blocks]
         with self._outer_loaded(decoder), torch.no_grad():
             setattr(decoder, name, nn.ModuleList(recorders))
             try:
@@ -170,6 +167,7 @@ class BlockModel:
                 raise QtoolError(f"`{sources[n]}` has shape {shape}, but config.json asks for {wanted}")
         module.load_state_dict(state, assign=True, strict=False)
         module.requires_grad_(False)
+        del values, state  # whoever replaces a weight of the module frees it
         try:
             yield module
         finally:

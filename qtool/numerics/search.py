@@ -82,6 +82,11 @@ class _Search:
             for high_shrink in shrinks:
                 scale = _stored((high * high_shrink - low * low_shrink) / (2**self.bits - 1), self.dtype).float()
                 self._offer(scale, _zero_point(low * low_shrink, scale, self.bits))
+        middle, spacing = (2**self.bits - 1) / 2, shrinks[0] / shrinks[1]
+        for factor in (spacing**0.5, spacing**-0.5, spacing**0.25, spacing**-0.25):
+            scale = _stored(self.best_scale * factor, self.dtype).float()
+            zero = middle - (middle - self.best_zero) * self.best_scale / scale  # the middle of the range stays
+            self._offer(scale, zero.round_().clamp_(0, 2**self.bits - 1))
         ones = torch.ones_like(self.weight[:1]) if self.importance is None else self.importance
         total = ones.sum(-1)
         mean_weight = (self.weight * ones).sum(-1) / total
@@ -119,9 +124,12 @@ def _geometric(low: float, high: float, count: int) -> list[float]:
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` rounded to its storage type; a group of zeros gets 1, and nothing underflows to 0."""
-    tiny = torch.finfo(dtype).tiny
+    info = torch.finfo(dtype)
+    tiny = max(
+        info.tiny * info.eps, torch.finfo(torch.float32).tiny
+    )  # the smallest value that is not 0 and has a finite inverse in float32
     scale = torch.where(scale == 0, 1.0, scale)
-    magnitude = scale.abs().clamp(tiny, torch.finfo(dtype).max)
+    magnitude = scale.abs().clamp(tiny, info.max)
     return torch.copysign(magnitude, scale).to(dtype)
 
 

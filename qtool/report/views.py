@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from qtool.plan import kind_of
+from qtool.headers import kind_of
 from qtool.report.model import LayerRecord, Report
 from qtool.report.table import Table, View, seconds, size
 

@@ -35,7 +35,8 @@ def make_checkpoint(folder: Path, layers: int) -> int:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_hidden_layers": layers,
         "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     kv = HIDDEN // HEADS * KV_HEADS
@@ -112,7 +113,7 @@ def main() -> None:
         statistics = 4 * (3 * HIDDEN**2 + MLP**2)
         hidden = 4 * options.rows * SEQLEN * HIDDEN
         bound = block + statistics + hidden
-        print(f"{parameters / 1e9:.2f}B random weights, {options.layers} blocks; {options.rows} rows of {SEQLEN} tokens")
+        print(f"{parameters / 1e9:.2f}B random weights, {options.layers} blocks; {options.rows} rows of {SEQLEN}")
         print(f"one block {block / 1e6:.0f} MB + statistics {statistics / 1e6:.0f} + hidden states {hidden / 1e6:.0f}")
         print(f"importing torch and transformers takes {base / 1e6:.0f} MB")
         data = ["--rows", str(options.rows), "--seqlen", str(SEQLEN)]
