@@ -9,7 +9,7 @@ from typing import Any
 from qtool.plan import Plan
 from qtool.recipe import DataSpec
 
-PROCESS_BYTES = 500e6  # Python with torch and transformers
+PROCESS_BYTES = 350e6  # Python with torch and transformers
 SEARCH_S = 30e-9  # per weight: scale search, packing, hashing
 FLOP_PER_S = 1.5e11  # float32 matrix products
 

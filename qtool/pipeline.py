@@ -262,7 +262,7 @@ def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
     written = Checkpoint(staged.folder)
     for done, unit in enumerate(job.plan.units):
         record = staged.done[unit.name]
-        for name, tensor in written.read_many(record["tensors"]):
+        for name, tensor in written.borrow(record["tensors"]):
             if digest_bytes(tensor) != record["tensors"][name]:
                 raise QtoolError(
                     f"`{name}` reads back other bytes than were written to {staged.folder}: a faulty disk?"

@@ -90,7 +90,7 @@ class Solver:
             return
         with self.watch.stage("calibrate"):
             weights = Weights(self.checkpoint)
-            model = BlockModel(self.checkpoint.root, weights.read, weights.shapes, self.device)
+            model = BlockModel(self.checkpoint.root, weights, self.device)
             tokenizer = Tokenizer(self.checkpoint.root, model.config.vocab_size)
             self.rows = calibration_rows(spec, tokenizer, model.context)
             self._check_amount(self.rows)
@@ -187,10 +187,8 @@ class Solver:
 
     def _finish(self, unit: Unit, record: _UnitRecord) -> None:
         with self.watch.stage("write"):
-            for kept in unit.kept:
-                record.tensors[kept.source.name] = self.staged.write(
-                    kept.source.name, self.checkpoint.read(kept.source.name)
-                )
+            for name, tensor in self.checkpoint.borrow(kept.source.name for kept in unit.kept):
+                record.tensors[name] = self.staged.write(name, tensor)
             self.staged.finish_unit(unit.name, record.to_tree())
         errors = [layer.output_error or layer.weight_error for layer in record.layers]
         detail = f"{unit.name}: {len(errors)} layers, relative error {max(errors):.4f} at most" if errors else unit.name

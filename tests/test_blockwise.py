@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def open_model(path: Path) -> BlockModel:
     weights = Weights(Checkpoint(path))
-    return BlockModel(path, weights.read, weights.shapes, CPU)
+    return BlockModel(path, weights, CPU)
 
 
 def whole_model(path: Path) -> torch.nn.Module:

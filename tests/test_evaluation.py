@@ -185,7 +185,7 @@ def test_hidden_states_stand_one_before_the_targets():
     ("options", "message"),
     [
         ({"stride": 5}, "a stride of 5 tokens is not between 1 and the context, 4"),
-        ({"stride": 0}, "a stride of 0 tokens is not between 1 and the context, 4"),
+        ({"stride": 0}, "stride is 0, but must be a number of at least 1"),
         ({"stride": 2, "protocol": "rows"}, "--stride belongs to the protocol windows, not rows"),
         ({"stride": 2, "protocol": "llama.cpp"}, "--stride belongs to the protocol windows, not llama.cpp"),
     ],

@@ -47,7 +47,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def our_logits(folder: Path, tokens_BT: torch.Tensor) -> torch.Tensor:
     weights = Weights(Checkpoint(folder))
-    model = BlockModel(folder, weights.read, weights.shapes, torch.device("cpu"))
+    model = BlockModel(folder, weights, torch.device("cpu"))
     stream = model.start([tokens_BT])
     for index in range(len(model.blocks)):
         with model.block(index) as block:

@@ -87,6 +87,12 @@ class Checkpoint:
     def read_many(self, names: Iterable[str], as_float32: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors, file by file, in float32 if asked. Each file is mapped only while it is read."""
         import torch
+
+        for name, tensor in self.borrow(names):
+            yield name, tensor.to(torch.float32 if as_float32 else tensor.dtype, copy=True)
+
+    def borrow(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same without a copy: each tensor lies in the map and is gone when the next one is asked for."""
         from safetensors import SafetensorError, safe_open
 
         by_file: dict[str, list[str]] = {}
@@ -96,8 +102,7 @@ class Checkpoint:
             try:
                 with safe_open(self.root / file, framework="pt") as handle:
                     for name in members:
-                        tensor = handle.get_tensor(name)  # lies in the map: what leaves here is a copy
-                        yield name, tensor.to(torch.float32 if as_float32 else tensor.dtype, copy=True)
+                        yield name, handle.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise QtoolError(f"cannot read {self.root / file}: {error}") from None
 

@@ -121,8 +121,7 @@ def model_root(path: Path) -> Path:
 
 
 def _open(path: Path, device: Any) -> BlockModel:
-    weights = Weights(Checkpoint(path))
-    return BlockModel(model_root(path), weights.read, weights.shapes, device)
+    return BlockModel(model_root(path), Weights(Checkpoint(path)), device)
 
 
 def _compare(baseline: str, losses: TokenLosses, rows: EvalRows, tokenizer: Tokenizer) -> Comparison:

@@ -44,6 +44,15 @@ class Weights:
             check_finite(name, result[name])
         return result
 
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a matrix in float32; of a dense one no more than these is read."""
+        if name.removesuffix(".weight") in self.schemes:
+            return self.read([name])[name][rows]
+        for _, tensor in self.checkpoint.borrow([name]):
+            chosen = tensor[rows].float()
+            check_finite(name, chosen)
+        return chosen
+
 
 def format_of(checkpoint: Checkpoint) -> Format | None:
     """The format a checkpoint is packed in, or None for a dense one. Raises QtoolError for one that is not read."""

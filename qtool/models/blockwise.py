@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from qtool.errors import QtoolError, UsageError
 from qtool.models.architectures import architecture_of
 
-ReadWeights = Callable[[Iterable[str]], dict[str, Tensor]]
+
+class Source(Protocol):
+    """Where weights come from, float32 and by checkpoint name; `qtool.formats.weights.Weights` is one."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+
+    def read_rows(self, name: str, rows: Tensor) -> Tensor: ...
 
 
 class _AllRecorded(Exception):  # noqa: N818 (not an error)
@@ -53,9 +61,9 @@ class Stream:
 
 
 class BlockModel:
-    """A causal language model whose weights come from `read` when they are needed, by checkpoint name."""
+    """A causal language model whose weights are read when they are needed."""
 
-    def __init__(self, root: Path, read: ReadWeights, names: Iterable[str], device: torch.device) -> None:
+    def __init__(self, root: Path, source: Source, device: torch.device) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.architecture = architecture_of(_config(root), root)
@@ -71,7 +79,7 @@ class BlockModel:
             raise QtoolError(
                 f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
-        self.read, self.names, self.device = read, set(names), device
+        self.source, self.device = source, device
         self.model.eval().requires_grad_(False)
         self._rebuild_buffers()
         self.blocks: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks).children())
@@ -96,17 +104,19 @@ class BlockModel:
             yield block
 
     def start(self, batches: Iterable[Tensor]) -> Stream:
-        """Token batches [B, T] -> what enters the first block."""
-        stream = Stream([])
-        decoder = self.model.get_submodule(self.architecture.blocks.rpartition(".")[0])
-        name = self.architecture.blocks.rpartition(".")[2]
+        """Token batches [B, T] -> what enters the first block. Of the embedding only the rows in use are loaded."""
+        stream, tokens = Stream([]), list(batches)
+        used = torch.unique(torch.cat([batch.flatten() for batch in tokens]))
+        path, _, name = self.architecture.blocks.rpartition(".")
+        decoder = self.model.get_submodule(path)
         recorders = [_Recorder(b is self.blocks[-1]) for b in self.blocks]
-        with self._outer_loaded(decoder), torch.no_grad():
+        with self._loaded(self.architecture.embedding, used), torch.no_grad():
             setattr(decoder, name, nn.ModuleList(recorders))
             try:
-                for tokens_BT in batches:
+                for tokens_BT in tokens:
                     with suppress(_AllRecorded):
-                        decoder(input_ids=tokens_BT.to(self.device), use_cache=False)
+                        rows_BT = torch.searchsorted(used, tokens_BT)
+                        decoder(input_ids=rows_BT.to(self.device), use_cache=False)
                     calls = [recorder.call for recorder in recorders]
                     stream.hidden.append(calls[0][0][0])
                     if tuple(tokens_BT.shape) not in stream.arguments:
@@ -140,49 +150,35 @@ class BlockModel:
             yield logits
 
     @contextmanager
-    def _outer_loaded(self, decoder: nn.Module) -> Iterator[None]:
-        """Everything that runs before the blocks: all of the decoder but its blocks and its final norm."""
-        inside = (self.architecture.blocks + ".", self.architecture.norm + ".")
-        prefix = self.architecture.blocks.rpartition(".")[0]
-        wanted = [f"{prefix}.{n}" for n, _ in decoder.named_parameters()]
-        modules = sorted({n.rpartition(".")[0] for n in wanted if not n.startswith(inside)})
-        loaded = [self._loaded(name) for name in modules]
-        for manager in loaded:
-            manager.__enter__()
-        try:
-            yield
-        finally:
-            for manager in loaded:
-                manager.__exit__(None, None, None)
-
-    @contextmanager
-    def _loaded(self, name: str) -> Iterator[nn.Module]:
+    def _loaded(self, name: str, rows: Tensor | None = None) -> Iterator[nn.Module]:
+        """A module with its weights, or with these rows of its one weight; afterwards without them again."""
         module = self.model.get_submodule(name)
-        sources = {n: self._source(f"{name}.{n}") for n, _ in module.named_parameters()}
-        values = self.read(dict.fromkeys(sources.values()))
-        state = {n: values[source].to(self.device) for n, source in sources.items()}
-        for n, parameter in module.named_parameters():
-            if state[n].shape != parameter.shape:
-                shape, wanted = tuple(state[n].shape), tuple(parameter.shape)
+        expected = dict(module.named_parameters())
+        sources = {n: self._source_name(f"{name}.{n}") for n in expected}
+        for n, parameter in expected.items():
+            shape, wanted = self.source.shapes[sources[n]], tuple(parameter.shape)
+            if shape != wanted:
                 raise QtoolError(f"`{sources[n]}` has shape {shape}, but config.json asks for {wanted}")
-        module.load_state_dict(state, assign=True, strict=False)
-        module.requires_grad_(False)
-        del values, state  # whoever replaces a weight of the module frees it
+        if rows is None:
+            values = self.source.read(dict.fromkeys(sources.values()))
+        else:
+            values = {source: self.source.read_rows(source, rows) for source in sources.values()}
+        for n in expected:
+            _put(module, n, values[sources[n]].to(self.device))
+        del values  # whoever replaces a weight of the module frees it
         try:
             yield module
         finally:
-            for owner in module.modules():
-                for n, parameter in owner._parameters.items():
-                    if parameter is not None:
-                        owner._parameters[n] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for n, parameter in expected.items():
+                _put(module, n, parameter)
 
-    def _source(self, name: str) -> str:
+    def _source_name(self, name: str) -> str:
         """The checkpoint's name of a parameter; with tied embeddings either of the two may be in the file."""
-        if name in self.names:
+        if name in self.source.shapes:
             return name
         tied = {f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"}
         other = (tied - {name}).pop() if name in tied else None
-        if other in self.names and getattr(self.config, "tie_word_embeddings", False):
+        if other in self.source.shapes and getattr(self.config, "tie_word_embeddings", False):
             return other
         raise QtoolError(f"the checkpoint has no tensor `{name}`, which config.json's model needs")
 
@@ -194,6 +190,12 @@ class BlockModel:
                 for n, buffer in own.items():
                     setattr(module, n, torch.empty_like(buffer, device=self.device))
                 self.model._init_weights(module)
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter of that dotted name."""
+    path, _, last = name.rpartition(".")
+    module.get_submodule(path)._parameters[last] = nn.Parameter(value, requires_grad=False)
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:

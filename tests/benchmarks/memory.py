@@ -3,7 +3,7 @@
 Prints a table: peak memory of `quantize` by rtn and by gptq beside what one block, its statistics and the
 hidden states take; seconds per billion parameters; the share of the time that is matrix products.
 
-    python tests/benchmarks/memory.py [--layers 22] [--rows 64] [--folder DIR]
+    python tests/benchmarks/memory.py [--layers 11] [--rows 128] [--folder DIR]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
+HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 128256
 SEQLEN = 512
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::_scaled_dot_product")
@@ -100,8 +100,8 @@ def matrix_share(model: Path, folder: Path, rows: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=11)
+    parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
