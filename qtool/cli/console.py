@@ -141,21 +141,15 @@ class Console:
 
 
 def _draw(view: View) -> None:
-    from rich.box import SIMPLE_HEAD
+    """The same lines as in a pipe, with titles and headers set off; the terminal wraps what is too long for it."""
     from rich.console import Console as RichConsole
-    from rich.table import Table as RichTable
     from rich.text import Text
 
-    console = RichConsole()
+    console = RichConsole(highlight=False)
     for part in view:
+        lines = part.lines() if isinstance(part, Table) else [part]
+        heads = part.head_lines() if isinstance(part, Table) else 0
+        for number, line in enumerate(lines):
+            console.print(Text(line, style="bold" if number < heads else ""), soft_wrap=True)
         if isinstance(part, Table):
-            title = Text(part.title) if part.title else None
-            table = RichTable(title=title, box=SIMPLE_HEAD, title_justify="left", show_header=any(part.columns))
-            for column in part.columns:
-                right = column.startswith(">")
-                table.add_column(Text(column.removeprefix(">")), justify="right" if right else "left", overflow="fold")
-            for row in part.rows:
-                table.add_row(*(Text(cell) for cell in row))
-            console.print(table)
-        else:
-            console.print(part, markup=False, highlight=False, soft_wrap=True)
+            console.print()

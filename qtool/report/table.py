@@ -14,6 +14,10 @@ class Table:
     rows: Sequence[tuple[str, ...]] = ()
     title: str | None = None
 
+    def head_lines(self) -> int:
+        """How many of the lines are title and header."""
+        return bool(self.title) + any(self.columns)
+
     def lines(self) -> list[str]:
         """Plain text, columns aligned, never wrapped."""
         right = [c.startswith(">") for c in self.columns]

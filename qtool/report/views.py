@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from statistics import mean
 from typing import Any
 
 from qtool.headers import kind_of
@@ -91,17 +92,18 @@ def _layers(layers: list[LayerRecord]) -> Table:
                 scheme,
                 str(len(members)),
                 f"{members[0].bits_per_weight:.3f}",
-                _mean_and_most([m.weight_error for m in members]),
-                _mean_and_most(outputs) if outputs else "-",
+                _percent(mean(m.weight_error for m in members)),
+                _percent(mean(outputs)) if outputs else "-",
+                _percent(max(outputs)) if outputs else "-",
                 seconds(sum(m.wall_s for m in members)),
             )
         )
-    columns = ("layers", "scheme", ">count", ">bits/weight", ">weight error (most)", ">output error (most)", ">time")
-    return Table(columns, rows)
+    columns = ("layers", "scheme", ">n", ">bits", ">weight", ">output", ">worst", ">time")
+    return Table(columns, rows, title="mean relative error of weights and outputs, and the worst output")
 
 
-def _mean_and_most(errors: list[float]) -> str:
-    return f"{100 * sum(errors) / len(errors):.2f} % ({100 * max(errors):.2f} %)"
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def _left_alone(report: Report) -> Table:
