@@ -141,10 +141,15 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     staged = StagedOutput(out, job.plan.outputs, identity, options.force)
     resumed = len(staged.done)
     solver = Solver(job.checkpoint, job.plan, job.method, job.format, staged, device, progress, watch)
-    if job.needs_data:
-        solver.with_data(job.recipe.data, options.batch_tokens)
-    else:
-        solver.without_data()
+    try:
+        if job.needs_data:
+            solver.with_data(job.recipe.data, options.batch_tokens)
+        else:
+            solver.without_data()
+    except QtoolError:  # what the user has to mend makes another run: nothing to go on from
+        if not resumed:
+            staged.discard()
+        raise
     with watch.stage("verify"):
         if job.checkpoint.config:
             entry = job.format.config(*_modules(job.plan))

@@ -60,6 +60,8 @@ class EvalSpec:
 
     def __post_init__(self) -> None:
         _at_least("stride", self.stride, 1)
+        if self.stride is not None and self.protocol != "windows":
+            raise UsageError(f"--stride belongs to the protocol windows, not {self.protocol}")
         _at_least("max_kl", self.max_kl, 0)
 
 

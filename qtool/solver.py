@@ -82,19 +82,21 @@ class Solver:
     def with_data(self, spec: DataSpec, batch_tokens: int) -> None:
         """Every unit that is not done, block by block, over the calibration rows that `spec` names."""
         undone = [unit for unit in self.plan.units if unit.name not in self.staged.done]
+        wanted = {unit.name for unit in undone if unit.linears}
+        if wanted:
+            with self.watch.stage("calibrate"):
+                model = BlockModel(self.checkpoint.root, Weights(self.checkpoint), self.device)
+                tokenizer = Tokenizer(self.checkpoint.root, model.config.vocab_size)
+                self.rows = calibration_rows(spec, tokenizer, model.context)
+                self._check_amount(self.rows)
+                rows = _Rows(model, self.rows, batch_tokens, cross="cross" in self.method.needs)
+            self._solve_blocks(model, rows, wanted)
         for unit in undone:
             if not unit.linears:
                 self._finish(unit, _UnitRecord(self))
-        wanted = {unit.name for unit in undone if unit.linears}
-        if not wanted:
-            return
-        with self.watch.stage("calibrate"):
-            weights = Weights(self.checkpoint)
-            model = BlockModel(self.checkpoint.root, weights, self.device)
-            tokenizer = Tokenizer(self.checkpoint.root, model.config.vocab_size)
-            self.rows = calibration_rows(spec, tokenizer, model.context)
-            self._check_amount(self.rows)
-            rows = _Rows(model, self.rows, batch_tokens, cross="cross" in self.method.needs)
+
+    def _solve_blocks(self, model: BlockModel, rows: _Rows, wanted: set[str]) -> None:
+        """The units named `wanted`; the rows go through the blocks before them as they were written."""
         units = {unit.name: unit for unit in self.plan.units}
         names = [model.block_name(index) for index in range(len(model.blocks))]
         beyond = sorted(wanted - set(names))

@@ -89,7 +89,7 @@ def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(tmp_pa
     file = put_lines(tmp_path / "a.jsonl", {"id": 1, "content": "x"})
     error = refused(UsageError, texts, file)
     assert error.message == f"{file} has no column `text`; it has id, content"
-    assert error.hint == "name the column, for example --set data.column=content"
+    assert error.hint == "name the column: `--column` of eval-ppl, `--set data.column=...` of quantize"
     error = refused(UsageError, texts, file, column="body")
     assert error.message == f"{file} has no column `body`; it has id, content"
 

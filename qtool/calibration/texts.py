@@ -74,15 +74,23 @@ def _file(path: Path, column: str | None, render: Render) -> Iterator[str]:
             with path.open(encoding="utf-8") as file:
                 yield from _texts(_json_lines(file, path), column, render, str(path))
         elif path.suffix in FILE_TYPES:
-            from datasets import load_dataset
-
-            kind = path.suffix[1:]
-            records = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-            yield from _texts(records, column, render, str(path))
+            yield from _texts(_table(path), column, render, str(path))
         else:
             raise UsageError(f"{path} is of no known type", f"known: {', '.join(FILE_TYPES)}")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} cannot be read as UTF-8 {path.suffix[1:]}: {error}") from None
+
+
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a csv, parquet or json file. Raises UsageError when `datasets` cannot read it."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
+    try:
+        yield from datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
+    except Exception as error:  # whatever the reader of that format raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from None
 
 
 def _json_lines(lines: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
@@ -119,7 +127,7 @@ def _texts(records: Iterable[dict[str, Any]], column: str | None, render: Render
         if name is None or name not in record:
             raise UsageError(
                 f"{source} has no column `{column or 'text'}`; it has {', '.join(map(str, record))}",
-                "name the column, for example --set data.column=content",
+                "name the column: `--column` of eval-ppl, `--set data.column=...` of quantize",
             )
         value = record[name]
         if isinstance(value, list):

@@ -49,7 +49,7 @@ class StagedOutput:
                 whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
                 whole.replace(journal)
                 return
-            if lines and not force:
+            if len(lines) > 1 and not force:
                 raise QtoolError(
                     f"{self.folder} holds an interrupted run of another recipe or source ({len(lines) - 1} units done)",
                     "run that command again to finish it, or discard it with --force",
@@ -88,6 +88,10 @@ class StagedOutput:
     def copy_files(self, files: Iterable[Path]) -> None:
         for path in files:
             shutil.copyfile(path, self.folder / path.name)
+
+    def discard(self) -> None:
+        """Throw away what was staged."""
+        shutil.rmtree(self.folder)
 
     def files(self) -> list[Path]:
         """What the output will hold besides its manifest."""

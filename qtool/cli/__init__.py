@@ -6,6 +6,7 @@ Exit codes: 0 done or up to date, 1 failed, 2 wrong usage or recipe, 3 a gate wa
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import sys
 import warnings
@@ -15,7 +16,9 @@ import typer
 
 from qtool import __version__
 from qtool.cli import eval_ppl, inspect, quantize, state
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, UsageError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="qtool",
@@ -57,8 +60,13 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\b.*")
+    # a usage error can come before the command has said how it wants to be told
+    in_json = "--log-format=json" in arguments or ("--log-format", "json") in itertools.pairwise(arguments)
+    state.open_console(log_format="json" if in_json else "text")
     try:
         code = app(args=arguments, prog_name="qtool", standalone_mode=False)
+        if code == INTERRUPTED:  # typer 0.29 makes this of a KeyboardInterrupt
+            return state.console.error(KeyboardInterrupt())
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return int(stop.exit_code)
@@ -79,8 +87,10 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of typer
             context = getattr(error, "ctx", None)
-            hint = f"{context.command_path} --help" if context else "qtool --help"
-            if error.format_message():
-                state.console.error(QtoolError(error.format_message(), f"see `{hint}`"))
-            return int(error.exit_code)
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.format_message(), file=sys.stderr)
+                return int(error.exit_code)
+            named = f"qtool {arguments[0]}" if arguments and not arguments[0].startswith("-") else "qtool"
+            hint = f"see `{context.command_path if context else named} --help`"
+            return state.console.error(UsageError(error.format_message(), hint))
         return state.console.error(error)

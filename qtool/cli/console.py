@@ -29,17 +29,23 @@ class Console:
         log_format: str = "text",
         output: Path | None = None,
         force: bool = False,
+        resumable: bool = False,
     ) -> None:
-        if log_format not in ("text", "json"):
-            raise UsageError(f"unknown log format `{log_format}`", "known: text, json")
         self.as_json, self.quiet, self.verbose, self.log_format = as_json, quiet, verbose, log_format
-        self.output, self.force = output, force
+        self.output, self.force, self.resumable = output, force, resumable
         self.show_progress = progress and not quiet
         self.started = time.perf_counter()
         self._bar: Any = None
         self._task: Any = None
-        if output and output.exists() and not force:
-            raise UsageError(f"{output} exists", "give another -o/--output, or replace it with --force")
+
+    def check(self) -> None:
+        """Raises UsageError for options that cannot be."""
+        if self.log_format not in ("text", "json"):
+            raise UsageError(f"unknown log format `{self.log_format}`", "known: text, json")
+        if self.output and self.output.is_dir():
+            raise UsageError(f"{self.output} is a folder", "give a file with -o/--output")
+        if self.output and self.output.exists() and not self.force:
+            raise UsageError(f"{self.output} exists", "give another -o/--output, or replace it with --force")
 
     def result(self, tree: Mapping[str, Any], view: View) -> None:
         """The result of the command, as one JSON object or as a page; JSON also goes to the output file, if any."""
@@ -72,7 +78,7 @@ class Console:
                 {"level": level, "elapsed_s": elapsed_s, "message": message, **fields}, ensure_ascii=False
             )
         else:
-            line = message if level == "info" else f"{level}: {message}"
+            line = {"info": message, "hint": f"\nhint: {message}"}.get(level, f"{level}: {message}")
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -92,22 +98,23 @@ class Console:
     def error(self, error: BaseException) -> int:
         """Say what went wrong; the exit code."""
         self.close()
+        trace: dict[str, str] = {}
         if self.verbose and not isinstance(error, KeyboardInterrupt):
-            traceback.print_exception(error, file=sys.stderr)
+            if self.log_format == "json":
+                trace = {"traceback": "".join(traceback.format_exception(error))}
+            else:
+                traceback.print_exception(error, file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
-            self.log("interrupted: nothing is lost, the same command goes on from here", "error")
+            self.log("interrupted" + (": the same command goes on from here" if self.resumable else ""), "error")
             return 130
         if isinstance(error, QtoolError):
-            self.log(error.message, "error")
+            self.log(error.message, "error", **trace)
             if error.hint:
-                self.log(
-                    ("" if self.log_format == "json" else "\n") + f"hint: {error.hint}",
-                    "info" if not self.quiet else "",
-                )
+                self.log(error.hint, "hint")
             return error.exit_code
-        self.log(f"{type(error).__name__}: {error}".strip(), "error")
+        self.log(f"{type(error).__name__}: {error}".strip(), "error", **trace)
         if not self.verbose:
-            self.log("(the traceback is shown with -v)")
+            self.log("the traceback is shown with -v", "hint")
         return 1
 
     def close(self) -> None:

@@ -60,16 +60,18 @@ def command(
     """
     console = state.open_console(
         as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format,
-        output=output, force=force,
+        output=None if dry_run else output, force=force,
     )  # fmt: skip
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     source = DataSpec(source=data, split=split, column=column, rows=rows, seqlen=seqlen)
     spec = EvalSpec(source, protocol, stride, max_ppl_increase, max_kl)
+    from qtool.calibration.texts import check_source
     from qtool.checkpoint.hub import locate
     from qtool.evaluation.gates import check_gates, check_spec
 
     check_spec(spec, baseline is not None)
+    check_source(source)
     path, base_path = locate(model), locate(baseline) if baseline else None
     if dry_run:
         from qtool.evaluation.describe import describe

@@ -49,7 +49,7 @@ def command(
     """
     console = state.open_console(
         as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format,
-        output=output, force=force,
+        output=None if dry_run else output, force=force,
     )  # fmt: skip
     views = [flag for flag, asked in (("--memory", memory), ("--against", against), ("--tensor", tensor)) if asked]
     if len(views) > 1:

@@ -99,7 +99,7 @@ def command(
     qtool quantize ./llama -o ./llama-w4 --eval wiki.txt --max-ppl-increase 1%
     """
     console = state.open_console(
-        as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format
+        as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format, resumable=True
     )
     tree: dict[str, Any] = load_tree(recipe) if recipe else {}
     for assignment in assignments or []:

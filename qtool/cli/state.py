@@ -13,4 +13,5 @@ def open_console(**options: Any) -> Console:
     """A console with a command's options; from now on errors go through it."""
     global console
     console = Console(**options)
+    console.check()
     return console

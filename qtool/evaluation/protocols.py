@@ -37,8 +37,6 @@ def eval_rows(spec: EvalSpec, tokenizer: Tokenizer, model_context: int) -> EvalR
     """The rows of an evaluation. Raises UsageError for impossible lengths, QtoolError when nothing can be scored."""
     context = row_length(spec.data, model_context)
     stride = context if spec.stride is None else spec.stride
-    if spec.stride is not None and spec.protocol != "windows":
-        raise UsageError(f"--stride belongs to the protocol windows, not {spec.protocol}")
     if not 1 <= stride <= context:
         raise UsageError(f"a stride of {stride} tokens is not between 1 and the context, {context}")
     texts = read_texts(spec.data, "test", tokenizer.render)

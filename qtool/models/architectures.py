@@ -61,6 +61,6 @@ def architecture_of(config: dict[str, Any], root: Path) -> Architecture:
     if kind not in ARCHITECTURES:
         raise UsageError(
             f"{root} is of architecture `{kind}`, which qtool cannot run; it runs {', '.join(sorted(ARCHITECTURES))}",
-            "`qtool quantize --method rtn` needs no data and works on every safetensors checkpoint",
+            "`qtool quantize --method rtn` without --eval runs no model and works on every safetensors checkpoint",
         )
     return ARCHITECTURES[kind]
