@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## quantize the example model to 4 bits and print what it cost
-	$(BIN)/qtool quantize examples/tiny-llama -o $(DEMO) --scheme w4a16 --method gptq --seqlen 512 \
-	  --eval python-docs --force
+	$(BIN)/qtool quantize examples/tiny-llama -o $(DEMO) --scheme w4a16 --method gptq \
+	  --eval python-docs
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest -m 'not gpu and not peer'

@@ -289,7 +289,7 @@ def replace_and_compare(weight_OI: Tensor, new_OI: Tensor, second_II: Tensor | N
         products = [error.square().sum(), weight.square().sum()]
         if second_II is not None:
             products += [((x @ second_II).mul_(x)).sum() for x in (error, weight)]
-        sums[: len(products)] += torch.stack(products).double().cpu()
+        sums[: len(products)] += torch.stack(products).cpu().double()
         weight.copy_(new)
     weight_error, output_error = _ratio(sums[0], sums[1]), _ratio(sums[2], sums[3])
     return weight_error, None if second_II is None else output_error

@@ -457,7 +457,7 @@ ignored by `*norm*`         5     640 B
 model            m (llama)
 method           rtn
 format           compressed-tensors: vLLM, SGLang, transformers
-size             189.06 kB -> 80.72 kB
+size             189.06 kB -> 90.72 kB
 bits per weight  5.306
 memory           about 350.33 MB
 time             about 0.00 s on two CPU cores

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +41,7 @@ def test_readme_commands_are_commands_of_the_program():
     for page in ("README.md", "recipes/README.md", "examples/README.md"):
         text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(r"^ *qtool .*$", text, re.MULTILINE):
-            words = line.split()
+            words = line.partition("#")[0].split()
             assert f"## qtool {words[1]}\n" in known, line
             section = known.partition(f"## qtool {words[1]}\n")[2].partition("\n## ")[0]
             for option in [w.partition("=")[0] for w in words if w.startswith("-")]:
@@ -59,3 +62,33 @@ def test_top_level_is_the_agreed_one():
     agreed = {"pyproject.toml", "constraints.txt", "qtool", "recipes", "tests", "examples"}
     agreed |= {"README.md", "LICENSE", "Makefile", "CHANGELOG.md"}
     assert {name for name in top if not name.startswith(".")} <= agreed
+
+
+@pytest.mark.slow
+def test_the_example_makefile_makes_once_and_the_ci_job_tells_a_worse_model(make_model, calibration_text, tmp_path):
+    model = make_model()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"scheme: int4-g32-sym\ndata: {{source: {calibration_text}, rows: 16, seqlen: 32}}\n")
+    command = ["make", "-f", str(ROOT / "examples" / "compress.mk"), f"MODEL={model}", f"OUT={tmp_path}/out"]
+    command += [f"RECIPE={recipe}", f"QTOOL={sys.executable} -m qtool"]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "bits per weight" in first.stdout
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "up to date" in again.stdout
+    assert "quantize" not in again.stderr
+
+    recipe.write_text(recipe.read_text() + f"eval: {{data: {calibration_text}, max_kl: 0.000001}}\n")
+    missed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "Error 3" in missed.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()  # so that make tries again
+
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "qtool"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qtool "$@" --set scheme=int4-g32-sym --max-kl 1e-9\n')
+    program.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    job = [str(ROOT / "examples" / "ci.sh"), str(model), str(tmp_path / "ci")]
+    done = subprocess.run(job, cwd=tmp_path, env=path, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "worse than the gates allow" in done.stdout
+    assert json.loads((tmp_path / "quantize-report.json").read_text())["gates"][-1]["passed"] is False
