@@ -147,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=14, help="length of the cosine schedule")
+    parser.add_argument("--epochs", type=int, default=12, help="length of the cosine schedule")
     parser.add_argument("--patience", type=int, default=3, help="epochs without a new lowest held-out loss")
     parser.add_argument("--batch-size", type=int, default=4, help=f"windows of {CONTEXT} tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3)
