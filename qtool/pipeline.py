@@ -20,6 +20,7 @@ from qtool.estimate import estimate
 from qtool.formats import Format, get_format
 from qtool.formats.weights import format_of
 from qtool.headers import kind_of
+from qtool.memory import return_freed_memory
 from qtool.methods import Method, get_method
 from qtool.models.architectures import ARCHITECTURES, architecture_of
 from qtool.plan import Linear, Plan, make_plan
@@ -120,6 +121,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     Raises UsageError when OUT holds something else and `force` is not set.
     """
     watch = Stopwatch()
+    return_freed_memory()
     known = _manifest(out) or {}
     _check_replaceable(out, known, job.checkpoint.root)
     with watch.stage("identify"):

@@ -84,19 +84,19 @@ class Solver:
         undone = [unit for unit in self.plan.units if unit.name not in self.staged.done]
         wanted = {unit.name for unit in undone if unit.linears}
         if wanted:
-            with self.watch.stage("calibrate"):
-                model = BlockModel(self.checkpoint.root, Weights(self.checkpoint), self.device)
-                tokenizer = Tokenizer(self.checkpoint.root, model.config.vocab_size)
-                self.rows = calibration_rows(spec, tokenizer, model.context)
-                self._check_amount(self.rows)
-                rows = _Rows(model, self.rows, batch_tokens, cross="cross" in self.method.needs)
-            self._solve_blocks(model, rows, wanted)
-        for unit in undone:
+            self._solve_blocks(wanted, spec, batch_tokens)
+        for unit in undone:  # only now: the model and its rows are out of memory
             if not unit.linears:
                 self._finish(unit, _UnitRecord(self))
 
-    def _solve_blocks(self, model: BlockModel, rows: _Rows, wanted: set[str]) -> None:
+    def _solve_blocks(self, wanted: set[str], spec: DataSpec, batch_tokens: int) -> None:
         """The units named `wanted`; the rows go through the blocks before them as they were written."""
+        with self.watch.stage("calibrate"):
+            model = BlockModel(self.checkpoint.root, Weights(self.checkpoint), self.device)
+            tokenizer = Tokenizer(self.checkpoint.root, model.config.vocab_size)
+            self.rows = calibration_rows(spec, tokenizer, model.context)
+            self._check_amount(self.rows)
+            rows = _Rows(model, self.rows, batch_tokens, cross="cross" in self.method.needs)
         units = {unit.name: unit for unit in self.plan.units}
         names = [model.block_name(index) for index in range(len(model.blocks))]
         beyond = sorted(wanted - set(names))

@@ -1069,8 +1069,8 @@ def comparison_lines(tree):
         ("perplexity", estimate(tree["perplexity"])),
         *([("bits per byte", f"{tree['bits_per_byte']:.4f}")] if "bits per byte" in tree.get("show", "") else []),
         ("baseline", f"{estimate(comparison['perplexity'])}  {comparison['baseline']}"),
-        ("delta", f"{sign}{estimate(delta)} ({100 * comparison['relative_increase']['value']:+.2f} %, "
-                  f"95 % {delta['low']:+.4f} .. {delta['high']:+.4f})"),
+        ("delta", f"{sign}{estimate(delta)} ({100 * comparison['relative_increase']['value']:+.2f} %), "
+                  f"95 % interval {delta['low']:+.4f} .. {delta['high']:+.4f}"),
         ("KL divergence", f"{estimate(comparison['kl'], 5)} nats"),
         ("KL percentiles", f"median {spread['median']:.4f}, p90 {spread['p90']:.4f}, p99 {spread['p99']:.4f}, "
                            f"p99.9 {spread['p99_9']:.4f}, max {spread['max']:.4f}"),

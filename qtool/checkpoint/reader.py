@@ -85,26 +85,26 @@ class Checkpoint:
         return next(self.read_many([name]))[1]
 
     def read_many(self, names: Iterable[str], as_float32: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors, file by file, in float32 if asked. Each file is mapped only while it is read."""
+        """Tensors in the order of the names, in float32 if asked."""
         import torch
 
         for name, tensor in self.borrow(names):
             yield name, tensor.to(torch.float32 if as_float32 else tensor.dtype, copy=True)
 
     def borrow(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same without a copy: each tensor lies in the map and is gone when the next one is asked for."""
+        """The same without a copy: each tensor lies in the map of its file and is gone when the next is asked for.
+
+        A map counts as memory of the process as far as it was read, so every tensor gets one of its own.
+        """
         from safetensors import SafetensorError, safe_open
 
-        by_file: dict[str, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, members in by_file.items():
+            path = self.root / self.tensors[name].file
             try:
-                with safe_open(self.root / file, framework="pt") as handle:
-                    for name in members:
-                        yield name, handle.get_tensor(name)
+                with safe_open(path, framework="pt") as handle:
+                    yield name, handle.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise QtoolError(f"cannot read {self.root / file}: {error}") from None
+                raise QtoolError(f"cannot read {path}: {error}") from None
 
     def identity(self, known: Iterable[FileIdentity] = ()) -> list[FileIdentity]:
         """Each weight file and config.json by content. A file whose size and time `known` has is not hashed again."""

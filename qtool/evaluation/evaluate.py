@@ -16,6 +16,7 @@ from qtool.evaluation.losses import Progress, TokenLosses, token_losses
 from qtool.evaluation.protocols import EvalRows, eval_rows, scored_bytes
 from qtool.evaluation.statistics import Estimate
 from qtool.formats.weights import Weights
+from qtool.memory import return_freed_memory
 from qtool.models.blockwise import BlockModel, pick_device
 from qtool.recipe import EvalSpec
 from qtool.report.model import peak_memory_bytes
@@ -81,6 +82,7 @@ def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, pr
     Raises UsageError when the two do not take the same tokens.
     """
     started = time.perf_counter()
+    return_freed_memory()
     target = pick_device(device)
     model = _open(path, target)
     tokenizer = Tokenizer(model_root(path), model.config.vocab_size)

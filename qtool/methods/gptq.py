@@ -124,7 +124,7 @@ def round_columns(
     rows, inputs = weight_OI.shape
     # a column of the weight is a row here, contiguous; once it is rounded, its error takes its place
     error_IO = weight_OI.T[order_I]
-    codes_IO = torch.empty(inputs, rows, dtype=torch.uint8, device=weight_OI.device)
+    codes_OI = torch.empty(rows, inputs, dtype=torch.uint8, device=weight_OI.device)
     for start in range(0, inputs, block):
         end = min(start + block, inputs)
         feedback_IB = factor_II[inputs - end :, inputs - end : inputs - start].flip(0, 1)  # R_kj, k < end
@@ -138,8 +138,6 @@ def round_columns(
                 columns.scale[:, j : j + 1], None if columns.zero is None else columns.zero[:, j : j + 1]
             )
             codes_O1 = grid.encode(target_O[:, None], column)
-            codes_IO[start + j] = codes_O1[:, 0]
+            codes_OI[:, order_I[start + j]] = codes_O1[:, 0]
             error_IO[start + j] -= grid.decode(codes_O1, column)[:, 0]
-    codes_OI = torch.empty(rows, inputs, dtype=torch.uint8, device=weight_OI.device)
-    codes_OI[:, order_I] = codes_IO.T
     return codes_OI

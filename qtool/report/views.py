@@ -145,12 +145,12 @@ def _comparison(comparison: Tree) -> list[tuple[str, str]]:
     delta, relative, kl, spread = (
         comparison["delta"], comparison["relative_increase"], comparison["kl"], comparison["kl_percentiles"],
     )  # fmt: skip
-    interval = f", 95 % {delta['low']:+.4f} .. {delta['high']:+.4f}" if delta["low"] is not None else ""
+    interval = f", 95 % interval {delta['low']:+.4f} .. {delta['high']:+.4f}" if delta["low"] is not None else ""
     return [
         ("baseline", f"{estimate(comparison['perplexity'])}  {comparison['baseline']}"),
         (
             "delta",
-            f"{'+' if delta['value'] >= 0 else ''}{estimate(delta)} ({100 * relative['value']:+.2f} %{interval})",
+            f"{'+' if delta['value'] >= 0 else ''}{estimate(delta)} ({100 * relative['value']:+.2f} %){interval}",
         ),
         ("KL divergence", f"{estimate(kl, 5)} nats"),
         ("KL percentiles", ", ".join(f"{k.replace('_', '.')} {v:.4f}" for k, v in spread.items())),

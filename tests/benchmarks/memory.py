@@ -3,7 +3,7 @@
 Prints a table: peak memory of `quantize` by rtn and by gptq beside what one block, its statistics and the
 hidden states take; seconds per billion parameters; the share of the time that is matrix products.
 
-    python tests/benchmarks/memory.py [--layers 11] [--rows 128] [--folder DIR]
+    python tests/benchmarks/memory.py [--layers 11] [--rows 128] [--vocabulary 128256] [--folder DIR]
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 128256
+HIDDEN, MLP, HEADS, KV_HEADS = 2048, 5632, 32, 4
 SEQLEN = 512
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "aten::_scaled_dot_product")
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
+def make_checkpoint(folder: Path, layers: int, vocabulary: int = 32000) -> int:
     """Random bfloat16 weights in one shard per block, with the example model's tokenizer; the parameter count."""
     import torch
     from safetensors.torch import save_file
@@ -34,7 +34,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "vocab_size": vocabulary, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
@@ -45,7 +45,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
         "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN),
         "mlp.down_proj": (HIDDEN, MLP), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
     }  # fmt: skip
-    outside = {"model.embed_tokens": (VOCABULARY, HIDDEN), "lm_head": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,)}
+    outside = {"model.embed_tokens": (vocabulary, HIDDEN), "lm_head": (vocabulary, HIDDEN), "model.norm": (HIDDEN,)}
     shards = [outside, *({f"model.layers.{i}.{name}": s for name, s in block.items()} for i in range(layers))]
     generator = torch.Generator().manual_seed(0)
     weight_map, count = {}, 0
@@ -69,12 +69,18 @@ def measured(arguments: list[str]) -> tuple[float, dict]:
     return time.perf_counter() - started, json.loads(done.stdout)
 
 
-def import_bytes() -> int:
-    """Peak memory of a process that only imports what every run with data imports."""
-    code = (
-        "import torch, transformers; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM\n"
-        "from qtool.report.model import peak_memory_bytes; print(peak_memory_bytes())"
-    )
+def base_bytes(rows: int) -> int:
+    """Peak memory of a process that imports what every run with data does, and makes the same token rows."""
+    code = f"""
+import torch, transformers
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from qtool.calibration.tokens import Tokenizer, calibration_rows
+from qtool.recipe import DataSpec
+from qtool.report.model import peak_memory_bytes
+calibration_rows(DataSpec(rows={rows}, seqlen={SEQLEN}), Tokenizer(Path({str(EXAMPLE)!r}), 2048), {SEQLEN})
+print(peak_memory_bytes())
+"""
     return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -102,12 +108,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=11)
     parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=128256, help="large, so that few blocks make a billion")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        parameters = make_checkpoint(folder / "model", options.layers)
-        base = import_bytes()
+        parameters = make_checkpoint(folder / "model", options.layers, options.vocabulary)
+        base = base_bytes(options.rows)
         kv = HIDDEN // HEADS * KV_HEADS
         block = 4 * (2 * HIDDEN * HIDDEN + 2 * kv * HIDDEN + 3 * MLP * HIDDEN)
         statistics = 4 * (3 * HIDDEN**2 + MLP**2)
@@ -115,7 +122,7 @@ def main() -> None:
         bound = block + statistics + hidden
         print(f"{parameters / 1e9:.2f}B random weights, {options.layers} blocks; {options.rows} rows of {SEQLEN}")
         print(f"one block {block / 1e6:.0f} MB + statistics {statistics / 1e6:.0f} + hidden states {hidden / 1e6:.0f}")
-        print(f"importing torch and transformers takes {base / 1e6:.0f} MB")
+        print(f"a process with torch, transformers and the token rows takes {base / 1e6:.0f} MB")
         data = ["--rows", str(options.rows), "--seqlen", str(SEQLEN)]
         for method, extra in (("rtn", []), ("gptq", data)):
             out = folder / method
@@ -125,7 +132,7 @@ def main() -> None:
             print(f"{method}: {wall_s:.0f} s, {wall_s / parameters * 1e9:.0f} s per billion parameters, "
                   f"peak {peak / 1e6:.0f} MB", end="")  # fmt: skip
             if method == "gptq":
-                print(f", beyond importing {(peak - base) / bound:.2f} times the sum above", end="")
+                print(f", beyond that process {(peak - base) / bound:.2f} times the sum above", end="")
             stages = sorted(report["stages_s"].items(), key=lambda item: -item[1])
             print("; " + ", ".join(f"{name} {s:.0f} s" for name, s in stages), flush=True)
             shutil.rmtree(out)
