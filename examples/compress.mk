@@ -5,7 +5,6 @@ OUT ?= build/compressed
 RECIPE ?= recipes/ci-gated.yaml
 QTOOL ?= .venv/bin/qtool
 
-.DELETE_ON_ERROR:  # a missed gate (exit 3) must not leave a target that looks made
-
 $(OUT)/manifest.json: $(RECIPE) $(MODEL)/config.json
-	$(QTOOL) quantize $(MODEL) -o $(OUT) --recipe $(RECIPE) --force
+	$(QTOOL) quantize $(MODEL) -o $(OUT) --recipe $(RECIPE) --force || \
+	  { code=$$?; test ! -e $@ || touch -t 197001010000 $@; exit $$code; }  # a missed gate must not look made

@@ -20,6 +20,10 @@ class QtoolError(Exception):
         self.hint = hint
 
 
+class ReadError(QtoolError):
+    """A file that was there could not be read: trying again may help."""
+
+
 class UsageError(QtoolError):
     """A wrong command line, recipe or plan: ends the run with exit code 2, before any work."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,8 +15,8 @@ from qtool import __version__
 from qtool.calibration.texts import BUILT_IN, check_source, local_files
 from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
-from qtool.checkpoint.writer import MANIFEST, StagedOutput, write_json
-from qtool.errors import QtoolError, UsageError
+from qtool.checkpoint.writer import MANIFEST, StagedOutput, partial_path, replaced_path, write_json
+from qtool.errors import QtoolError, ReadError, UsageError
 from qtool.estimate import estimate
 from qtool.formats import Format, get_format
 from qtool.formats.weights import format_of
@@ -121,15 +122,17 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     Raises UsageError when OUT holds something else and `force` is not set.
     """
     watch = Stopwatch()
+    typed, out = out, Path(os.path.realpath(out))
     return_freed_memory()
     known = _manifest(out) or {}
-    _check_replaceable(out, known, job.checkpoint.root)
+    _check_replaceable(typed, known, job.checkpoint.root)
     with watch.stage("identify"):
         progress("identify", 0, 1, str(job.checkpoint.path))
-        source = job.checkpoint.identity(FileIdentity(**f) for f in known.get("source_files", []))
+        files = [FileIdentity(**file) for file in known.get("source_files", [])]
+        source = job.checkpoint.identity(files, [path.name for path in _rest_of_files(job.checkpoint)])
         identity = _identity(job, source)
-    if not options.force and (out.exists() or out.is_symlink()):
-        report = _existing(out, known, identity)
+    if known and not options.force:
+        report = _existing(typed, known, identity)
         if job.recipe.eval and known.get("evaluation_recipe") != _evaluation_tree(job.recipe):
             _evaluate(job, out, report, options, progress, watch)
             newer = {**known, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
@@ -148,18 +151,21 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
             solver.with_data(job.recipe.data, options.batch_tokens)
         else:
             solver.without_data()
-    except QtoolError:  # what the user has to mend makes another run: nothing to go on from
-        if not resumed:
+    except QtoolError as error:  # what the user has to mend makes another run: nothing to go on from
+        if not resumed and not isinstance(error, ReadError):
             staged.discard()
         raise
     with watch.stage("verify"):
-        if job.checkpoint.config:
-            entry = job.format.config(*_modules(job.plan))
-            write_json(staged.folder / "config.json", {**job.checkpoint.config, "quantization_config": entry})
+        entry = job.format.config(*_modules(job.plan))
+        write_json(staged.folder / "config.json", {**job.checkpoint.config, "quantization_config": entry})
         staged.write_index()
         staged.copy_files(_rest_of_files(job.checkpoint))
-        _verify(job, staged, progress)
-    report = _report(job, out, str(device), staged, resumed)
+        try:
+            _verify(job, staged, progress)
+        except QtoolError:
+            staged.discard()
+            raise
+    report = _report(job, typed, str(device), staged, resumed)
     _evaluate(job, staged.folder, report, options, progress, watch)
     report.stages_s, report.wall_s, report.peak_memory_bytes = watch.stages_s, watch.wall_s, peak_memory_bytes()
     manifest = {
@@ -196,14 +202,22 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
 def _check_replaceable(out: Path, manifest: Mapping[str, Any], source: Path) -> None:
     """Raises UsageError when OUT is the source, or holds something that even --force must not throw away."""
     here, there = out.resolve(), source.resolve()
-    if here == there or here in there.parents:
-        raise UsageError(f"{out} is where the model itself is", "give another folder with -o/--output")
-    if not out.exists() or manifest:
+    for ours in (here, partial_path(here), replaced_path(here)):
+        if ours == there or ours in there.parents:
+            raise UsageError(
+                f"{out if ours == here else ours} is where the model itself is", "give another folder with -o/--output"
+            )
+    if not out.exists():
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file, not a folder", "give another -o/--output")
-    if any(out.iterdir()) and not any(out.glob("*.safetensors")):
-        raise UsageError(f"{out} holds something else than a model", "give another -o/--output")
+    own = {MANIFEST, *(file["name"] for file in manifest.get("files", []))}
+    others = sorted(path.name for path in out.iterdir() if path.name not in own)
+    if others:
+        raise UsageError(
+            f"{out} holds what qtool did not write there, such as {others[0]}",
+            "give another -o/--output, or move it away",
+        )
 
 
 def _manifest(out: Path) -> dict[str, Any] | None:
@@ -216,10 +230,6 @@ def _manifest(out: Path) -> dict[str, Any] | None:
 
 def _existing(out: Path, manifest: Mapping[str, Any], identity: dict[str, Any]) -> Report:
     """The report of an output that is there already. Raises UsageError unless it is this very run's."""
-    if not manifest:
-        raise UsageError(
-            f"{out} exists and was not made by qtool", "give another -o/--output, or replace it with --force"
-        )
     difference = _difference(manifest["identity"], identity)
     if difference:
         raise UsageError(
@@ -250,7 +260,7 @@ def _modules(plan: Plan) -> tuple[dict[str, QuantScheme], list[str]]:
     schemes = {linear.module: linear.scheme for linear in plan.linears}
     matrices = [k.source.name for k in plan.kept if len(k.source.shape) >= 2]
     left = {name.removesuffix(".weight") for name in matrices}
-    return schemes, sorted(left | {"lm_head"})  # a tied head is in no file
+    return schemes, sorted(left | ({"lm_head"} - schemes.keys()))  # a tied head is in no file
 
 
 def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:
@@ -316,7 +326,10 @@ def _readers(job: Job) -> str:
 
 
 def _evaluation_tree(recipe: Recipe) -> dict[str, Any] | None:
-    return asdict(recipe.eval) if recipe.eval else None
+    """The evaluation that is asked for, with the contents of its files."""
+    if not recipe.eval:
+        return None
+    return {**asdict(recipe.eval), "files": {str(p): sha256_file(p) for p in local_files(recipe.eval.data)}}
 
 
 def _evaluate(

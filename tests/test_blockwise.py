@@ -309,3 +309,8 @@ def test_devices() -> None:
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(UsageError, match=r"device `tpu` is not available; here there is: .*cpu"):
         pick_device("tpu")
+
+
+def test_a_padding_token_beyond_the_rows_in_use_does_no_harm(make_model: MakeModel) -> None:
+    model = open_model(make_model(pad_token_id=319))
+    assert len(model.start([torch.tensor([[2, 3, 4]])]).hidden) == 1

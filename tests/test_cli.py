@@ -633,25 +633,23 @@ def test_a_changed_text_is_another_run(qtool, here):
 
 
 NOT_OURS = {
-    "folder of other things": ("holds something else than a model", False),
-    "manifest of another program": ("holds something else than a model", False),
-    "file": ("is a file, not a folder", False),
-    "empty folder": ("exists and was not made by qtool", True),
-    "another model": ("exists and was not made by qtool", True),
+    "folder of other things": "holds what qtool did not write there, such as thesis.txt",
+    "manifest of another program": "holds what qtool did not write there, such as thesis.txt",
+    "file": "is a file, not a folder",
+    "another model": "holds what qtool did not write there, such as config.json",
 }
 
 
 @pytest.mark.parametrize("what", NOT_OURS)
 def test_an_output_that_qtool_did_not_make_is_refused(qtool, here, what):
-    out, (message, replaceable) = here / "out", NOT_OURS[what]
+    out, message = here / "out", NOT_OURS[what]
     if what == "file":
         out.write_text("mine", encoding="utf-8")
     elif what == "another model":
         shutil.copytree("m", out)
     else:
         out.mkdir()
-        if what != "empty folder":
-            (out / "thesis.txt").write_text("mine", encoding="utf-8")
+        (out / "thesis.txt").write_text("mine", encoding="utf-8")
         if what == "manifest of another program":
             (out / "manifest.json").write_text('{"name": "my app"}', encoding="utf-8")
 
@@ -659,18 +657,38 @@ def test_an_output_that_qtool_did_not_make_is_refused(qtool, here, what):
         return {p: p.read_bytes() for p in sorted(here.rglob("*")) if p.is_file()}
 
     before = content()
-    hint = EXISTS_HINT if replaceable else "hint: give another -o/--output\n"
+    hint = "hint: give another -o/--output\n" if what == "file" else "hint: give another -o/--output, or move it away\n"
     result = qtool("quantize", "m", "-o", "out", *RTN, "--no-progress")
     assert result.all == (2, "", f"error: out {message}\n\n{hint}")
     assert content() == before
     forced = qtool("quantize", "m", "-o", "out", *RTN, "--no-progress", "--force")
-    if replaceable:
-        assert (forced.code, forced.err) == (0, "")
-        assert manifest("out")["report"]["model"] == "m"
-        assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m", "out"]
-    else:
-        assert forced.all == result.all
-        assert content() == before
+    assert forced.all == result.all
+    assert content() == before
+
+
+def test_an_empty_folder_becomes_the_output(qtool, here):
+    (here / "out").mkdir()
+    assert qtool("quantize", "m", "-o", "out", *RTN, "-q").code == 0
+    assert manifest("out")["report"]["model"] == "m"
+    assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m", "out"]
+
+
+@pytest.mark.parametrize("name", ["src.partial", "src.replaced"])
+def test_a_source_that_is_named_like_a_staging_folder_is_safe(qtool, here, name):
+    shutil.copytree("m", here / name)
+    before = {p.name: p.read_bytes() for p in (here / name).iterdir()}
+    result = qtool("quantize", name, "-o", "src", *RTN, "-q", "--force")
+    assert (result.code, result.out) == (2, "")
+    assert "is where the model itself is" in result.err
+    assert {p.name: p.read_bytes() for p in (here / name).iterdir()} == before
+
+
+def test_options_of_the_evaluation_survive_its_flag(qtool, here):
+    arguments = ["quantize", "m", *RTN, "--eval", "c.jsonl", "--set", "eval.data.seqlen=16", "--print-recipe", "--json"]
+    assert (
+        qtool(*arguments).json["eval"]["data"] | {"source": "c.jsonl", "seqlen": 16}
+        == qtool(*arguments).json["eval"]["data"]
+    )
 
 
 @pytest.mark.parametrize("out", ["m", "./m", "m/", "link", "."])

@@ -206,10 +206,10 @@ recipes = st.builds(
         EvalSpec,
         data=specs,
         protocol=st.sampled_from(["windows", "rows", "llama.cpp"]),
-        stride=st.none() | st.integers(1, 512),
         max_ppl_increase=st.none() | st.sampled_from(["1%", "0.2", "1e-3"]),
         max_kl=st.none() | st.floats(0, 10),
-    ),
+    )
+    | st.builds(EvalSpec, data=specs, stride=st.integers(1, 512)),
     strict=st.booleans(),
 )
 

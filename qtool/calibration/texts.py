@@ -1,7 +1,6 @@
 """Texts from wherever a DataSpec points: a built-in name, a file, a folder, or a data set id.
 
-Plain text and JSON lines are read here; tables (csv, parquet) and data set ids go through `datasets`,
-streamed, so that only what is used is read.
+Plain text and JSON lines are read here; tables (csv, parquet) and data set ids go through `datasets`, streamed.
 """
 
 from __future__ import annotations
@@ -42,6 +41,11 @@ def check_source(spec: DataSpec) -> None:
     path = Path(spec.source).expanduser()
     if spec.source not in BUILT_IN and not path.exists() and _looks_local(spec.source):
         raise UsageError(f"no such file or folder: {spec.source}")
+
+
+def is_local(spec: DataSpec) -> bool:
+    """Whether the texts are built in or lie on this machine's disk."""
+    return spec.source in BUILT_IN or Path(spec.source).expanduser().exists()
 
 
 def local_files(spec: DataSpec) -> list[Path]:

@@ -7,6 +7,7 @@ of its own. Shapes: T tokens of a row.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.calibration.texts import read_texts
+from qtool.calibration.texts import is_local, read_texts
 from qtool.errors import QtoolError, UsageError
 from qtool.recipe import DataSpec
 
@@ -56,7 +57,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids = self.inner(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*self.bos, *ids]
+        return ids if self.bos and ids[:1] == self.bos else [*self.bos, *ids]  # a chat template may write its own
 
     def decode(self, ids: list[int]) -> str:
         return str(self.inner.decode(ids, skip_special_tokens=True))
@@ -91,7 +92,9 @@ def calibration_rows(spec: DataSpec, tokenizer: Tokenizer, context: int) -> Toke
     seqlen = row_length(spec, context)
     wanted = spec.rows or DEFAULT_ROWS
     ids = (tokenizer.encode(text) for text in read_texts(spec, "train", tokenizer.render))
-    rows = list(_packed(ids, seqlen) if spec.pack else (row[:seqlen] for row in ids if len(row) > 1))
+    made = _packed(ids, seqlen) if spec.pack else (row[:seqlen] for row in ids if len(row) > 1)
+    # of a data set, which may have no end, the first rows; of what is here, a choice among all
+    rows = list(made if is_local(spec) else itertools.islice(made, wanted))
     if not rows:
         raise QtoolError(
             f"`{spec.source}` gives no row of {seqlen} tokens: it is empty or too short",

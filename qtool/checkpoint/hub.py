@@ -88,7 +88,11 @@ def _snapshot(model: str, cached_only: bool) -> Path:
 
     repo, _, revision = model.partition("@")
     folder = snapshot_download(
-        repo, revision=revision or None, allow_patterns=WANTED_FILES, local_files_only=cached_only
+        repo,
+        revision=revision or None,
+        allow_patterns=WANTED_FILES,
+        ignore_patterns=["consolidated*"],
+        local_files_only=cached_only,
     )
     return Path(folder)
 

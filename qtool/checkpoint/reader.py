@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError, ReadError, UsageError
 from qtool.headers import DTYPE_BITS, TensorInfo
 
 if TYPE_CHECKING:
@@ -104,10 +104,13 @@ class Checkpoint:
                 with safe_open(path, framework="pt") as handle:
                     yield name, handle.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise QtoolError(f"cannot read {path}: {error}") from None
+                raise ReadError(f"cannot read {path}: {error}") from None
 
-    def identity(self, known: Iterable[FileIdentity] = ()) -> list[FileIdentity]:
-        """Each weight file and config.json by content. A file whose size and time `known` has is not hashed again."""
+    def identity(self, known: Iterable[FileIdentity] = (), others: Iterable[str] = ()) -> list[FileIdentity]:
+        """Each weight file, config.json and the `others` of the folder, by content.
+
+        A file whose size and time `known` has is not hashed again.
+        """
         cache = {(f.name, f.size_bytes, f.mtime_ns): f for f in known}
 
         def identify(name: str) -> FileIdentity:
@@ -115,7 +118,7 @@ class Checkpoint:
             cached = cache.get((name, stat.st_size, stat.st_mtime_ns))
             return cached or FileIdentity(name, stat.st_size, stat.st_mtime_ns, sha256_file(self.root / name))
 
-        names = [*self.files, *(["config.json"] if self.config else [])]
+        names = [*self.files, *(["config.json"] if self.config else []), *others]
         with ThreadPoolExecutor(max_workers=2) as pool:
             return list(pool.map(identify, names))
 

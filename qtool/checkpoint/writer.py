@@ -31,6 +31,11 @@ def partial_path(out: Path) -> Path:
     return out.parent / (out.name + ".partial")
 
 
+def replaced_path(out: Path) -> Path:
+    """Where an older output stands for the moment between two renames."""
+    return out.parent / (out.name + ".replaced")
+
+
 class StagedOutput:
     """The folder under construction. `done` maps each finished unit to the record it left."""
 
@@ -43,7 +48,11 @@ class StagedOutput:
         journal = self.folder / JOURNAL
         if self.folder.exists():
             lines = _journal_lines(journal)
-            if lines and lines[0] == {"identity": identity}:
+            if not journal.exists() and any(self.folder.iterdir()):
+                raise QtoolError(
+                    f"{self.folder} is where the output is staged, but holds something else", "move it away"
+                )
+            if lines and lines[0] == {"identity": identity} and self._whole():
                 self.done = {line["unit"]: line["record"] for line in lines[1:]}
                 whole = journal.with_suffix(".new")  # without a last line that was cut off
                 whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -103,7 +112,7 @@ class StagedOutput:
         for path in self.folder.iterdir():
             _fsync(path)
         _fsync(self.folder)
-        replaced = self.out.parent / (self.out.name + ".replaced")
+        replaced = replaced_path(self.out)
         if self.out.exists():
             if replaced.exists():
                 shutil.rmtree(replaced)
@@ -113,6 +122,10 @@ class StagedOutput:
         _fsync(self.out.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
+
+    def _whole(self) -> bool:
+        """Whether every shard is there in its full size."""
+        return all(path.is_file() and path.stat().st_size == size for path, (_, size) in self._headers.items())
 
     def _lay_out(self) -> Iterable[tuple[Path, tuple[bytes, int]]]:
         """Header and full size of each shard; notes where each tensor goes."""
@@ -142,6 +155,8 @@ class StagedOutput:
             if free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.folder.mkdir()
+            with (self.folder / JOURNAL).open("w", encoding="utf-8") as file:
+                file.write(json.dumps({"identity": identity}) + "\n")
             for path, (header, size) in self._headers.items():
                 with path.open("wb") as file:
                     if hasattr(os, "posix_fallocate"):
@@ -149,8 +164,6 @@ class StagedOutput:
                     else:
                         file.truncate(size)
                     file.write(header)
-            with (self.folder / JOURNAL).open("w", encoding="utf-8") as file:
-                file.write(json.dumps({"identity": identity}) + "\n")
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             if error.errno != errno.ENOSPC:

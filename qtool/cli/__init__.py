@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of typer
             context = getattr(error, "ctx", None)
             if type(error).__name__ == "NoArgsIsHelpError":
-                print(error.format_message(), file=sys.stderr)
+                state.console.log(error.format_message())
                 return int(error.exit_code)
             named = f"qtool {arguments[0]}" if arguments and not arguments[0].startswith("-") else "qtool"
             hint = f"see `{context.command_path if context else named} --help`"

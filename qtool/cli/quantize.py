@@ -107,14 +107,18 @@ def command(
     _put(tree, scheme=scheme, method=method, format=format, strict=strict)
     _put_into(tree, "data", source=data, rows=rows, seqlen=seqlen, pack=pack, seed=seed)
     gates = {"protocol": protocol, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl}
-    _put_into(tree, "eval", data=evaluate, **gates)
+    if evaluate:
+        tree["eval"] = section(tree, "eval")
+        _put_into(tree["eval"], "data", source=evaluate)
+    _put_into(tree, "eval", **gates)
     for text in layer or []:
         pattern, equals, value = text.rpartition("=")
         if not equals or not pattern:
             raise UsageError(f"`--layer {text}` is not PATTERN=SCHEME", "for example `--layer '*.down_proj=w8a16'`")
-        tree["layers"] = {**(tree.get("layers") or {}), pattern: value}
+        tree["layers"] = {**section(tree, "layers"), pattern: value}
     if ignore:
-        tree["ignore"] = [*(tree.get("ignore") or DEFAULT_IGNORE), *ignore]
+        before = tree.get("ignore") or DEFAULT_IGNORE
+        tree["ignore"] = [*([before] if isinstance(before, str) else before), *ignore]
     resolved = build(tree, METHODS)
     from qtool.evaluation.gates import check_spec
     from qtool.methods import get_method

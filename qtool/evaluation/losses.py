@@ -99,7 +99,7 @@ def _collect(columns: dict[str, list[Tensor]], logits_SV: Tensor, base_SV: Tenso
     """Add one slice of tokens to the columns."""
 
     def add(name: str, values_S: Tensor) -> None:
-        columns.setdefault(name, []).append(values_S.double().cpu())
+        columns.setdefault(name, []).append(values_S.cpu().double())
 
     log_p_SV = logits_SV.float().log_softmax(-1)
     log_p_S = log_p_SV.gather(1, true_S[:, None])[:, 0]

@@ -59,7 +59,7 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
     config = checkpoint.config.get("quantization_config")
     if not config:
         return None
-    method = config.get("quant_method")
+    method = config.get("quant_method") if isinstance(config, dict) else config
     if method not in FORMATS:
         raise QtoolError(f"{checkpoint.path} is quantized as `{method}`; qtool reads: {', '.join(FORMATS)}")
     return get_format(method)

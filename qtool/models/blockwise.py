@@ -110,6 +110,9 @@ class BlockModel:
         path, _, name = self.architecture.blocks.rpartition(".")
         decoder = self.model.get_submodule(path)
         recorders = [_Recorder(b is self.blocks[-1]) for b in self.blocks]
+        embedding = self.model.get_submodule(self.architecture.embedding)
+        assert isinstance(embedding, nn.Embedding)
+        embedding.padding_idx = None  # matters to gradients only, and would point outside the rows in use
         with self._loaded(self.architecture.embedding, used), torch.no_grad():
             setattr(decoder, name, nn.ModuleList(recorders))
             try:
@@ -221,4 +224,7 @@ def pick_device(name: str) -> torch.device:
     if not present.get(name.partition(":")[0], False):
         there = ", ".join(kind for kind, is_there in present.items() if is_there)
         raise UsageError(f"device `{name}` is not available; here there is: {there}")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"`{name}` is no device", "known: cpu, cuda, cuda:1, mps, auto") from None
