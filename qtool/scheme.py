@@ -12,7 +12,6 @@ from math import ceil, prod
 
 from qtool.errors import UsageError, unknown
 
-GRANULARITIES = ("tensor", "channel", "group")
 DEFAULT_GROUP_SIZE = 128
 EXAMPLES = ("int4-g128-sym", "int8-channel-sym", "w4a16", "w4a16-g64-asym", "w3a16", "w8a16", "w2a16")
 

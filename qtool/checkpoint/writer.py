@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint.reader import INDEX
 from qtool.errors import QtoolError
 from qtool.headers import TensorInfo
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.json"
-INDEX = "model.safetensors.index.json"
 
 
 def partial_path(out: Path) -> Path:

@@ -6,7 +6,8 @@ model had x_f there. Minimizing E|W x_f - W^ x|^2 over W^ is the same quadratic 
     W + W C H^-1,  C = E[(x_f - x) x^T],  H = E[x x^T]
 
 so the weight moves there first and is then rounded with feedback. Each input is measured after the layers
-before it were solved, which costs forward passes: about three times as many as GPTQ's.
+before it were solved, which costs forward passes: two to three times
+GPTQ's time on a small model.
 """
 
 from __future__ import annotations

@@ -92,11 +92,6 @@ class BlockModel:
     def block_name(self, index: int) -> str:
         return f"{self.architecture.blocks}.{index}"
 
-    def block_weights(self, index: int) -> list[str]:
-        """The tensors of a block by checkpoint name."""
-        prefix = self.block_name(index)
-        return [f"{prefix}.{name}" for name, _ in self.blocks[index].named_parameters()]
-
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights in float32, dropped again at the end."""
