@@ -77,7 +77,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
         architecture = architecture_of(checkpoint.config, checkpoint.path)
     for spec in [*([recipe.data] if method.needs else []), *([recipe.eval.data] if recipe.eval else [])]:
         check_source(spec)
-    fused = [group for group in architecture.inputs if len(group) > 1] if architecture else []
+    fused = architecture.fused() if architecture else []
     solvable = architecture.is_block_linear if architecture and method.needs else None
     plan = make_plan(checkpoint.tensors, recipe, format.layout, fused, solvable)
     return Job(model, checkpoint, recipe, method, format, plan)

@@ -109,7 +109,7 @@ class Solver:
                 with self.watch.stage("calibrate"):
                     rows.enter(block, index)
                 if unit.name in wanted:
-                    self._solve_block(model.architecture.inputs, block, unit, rows)
+                    self._solve_block([x.linears for x in model.architecture.inputs], block, unit, rows)
                 else:
                     self._put_back(unit, block)
                 if index < last:

@@ -193,10 +193,10 @@ def test_linears_of_a_group_read_the_same_input(make_model: MakeModel, kind: str
             )
         model.run(block, 0, stream, 0)
     assert list(seen) == model.architecture.linears(), "they are listed in the order in which they run"
-    for group in model.architecture.inputs:
+    for group in (x.linears for x in model.architecture.inputs):
         for name in group[1:]:
             assert torch.equal(seen[name], seen[group[0]]), f"{name} and {group[0]}"
-    firsts = [seen[group[0]] for group in model.architecture.inputs]
+    firsts = [seen[group[0]] for group in (x.linears for x in model.architecture.inputs)]
     assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
 
 

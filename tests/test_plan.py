@@ -14,7 +14,7 @@ from qtool.models.architectures import LLAMA
 from qtool.plan import OUTSIDE, Plan, make_plan, matches, unit_of
 from qtool.recipe import DEFAULT_IGNORE, Recipe
 
-FUSED = tuple(group for group in LLAMA.inputs if len(group) > 1)
+FUSED = tuple(LLAMA.fused())
 LAYOUT = CompressedTensors().layout
 RECIPE = Recipe(scheme="int4-g32-sym")
 
