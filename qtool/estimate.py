@@ -16,7 +16,7 @@ FLOP_PER_S = 1.5e11  # float32 matrix products
 
 def estimate(plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping[str, Any]) -> tuple[float, float]:
     """Bytes of memory and seconds of time of a run that `needs` these moments, rough but of the right order."""
-    shapes = [linear.source.shape for linear in plan.linears]
+    shapes = [linear.shape for linear in plan.linears]
     weights = sum(map(prod, shapes))
     if not needs:
         largest = max(prod(info.shape) for info in [*(x.source for x in plan.linears), *(k.source for k in plan.kept)])
@@ -26,8 +26,8 @@ def estimate(plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping
     tokens = (data.rows or 128) * (data.seqlen or context)
     hidden = tokens * int(config.get("hidden_size") or 0) * 4 * streams
     blocks = [unit for unit in plan.units if unit.linears]
-    block = max(sum(4 * prod(linear.source.shape) for linear in unit.linears) for unit in blocks) * streams
-    inputs = {linear.source.shape[1] for linear in blocks[0].linears}
+    block = max(sum(4 * prod(linear.shape) for linear in unit.linears) for unit in blocks) * streams
+    inputs = {linear.shape[1] for linear in blocks[0].linears}
     moments = sum(4 * n * n for n in inputs) * streams + 3 * 4 * max(inputs) ** 2
     forward = 2 * weights * tokens * (2 if streams == 1 else 6)
     solve = sum(6 * out * n * n + n**3 for out, n in shapes)

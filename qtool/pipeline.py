@@ -7,24 +7,17 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from qtool import __version__
-from qtool.calibration.texts import BUILT_IN, check_source, local_files
-from qtool.checkpoint.hub import locate
+from qtool.calibration.texts import BUILT_IN, local_files
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
 from qtool.checkpoint.writer import MANIFEST, StagedOutput, partial_path, replaced_path, write_json
 from qtool.errors import QtoolError, ReadError, UsageError
-from qtool.estimate import estimate
-from qtool.formats import Format, get_format
-from qtool.formats.weights import format_of
-from qtool.headers import kind_of
+from qtool.job import Job, readers
 from qtool.memory import return_freed_memory
-from qtool.methods import Method, get_method
-from qtool.models.architectures import ARCHITECTURES, architecture_of
-from qtool.plan import Linear, Plan, make_plan
+from qtool.plan import Plan
 from qtool.recipe import Recipe, to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
 from qtool.scheme import QuantScheme
@@ -41,79 +34,6 @@ class RunOptions:
     device: str = "auto"
     force: bool = False
     batch_tokens: int = 512  # that run through a block at once; speed and memory only
-
-
-@dataclass(frozen=True)
-class Job:
-    """A model and a recipe, checked against each other: all that can be known before any work."""
-
-    model: str
-    checkpoint: Checkpoint
-    recipe: Recipe
-    method: Method
-    format: Format
-    plan: Plan
-
-    @property
-    def needs_data(self) -> bool:
-        return bool(self.method.needs)
-
-
-def prepare(model: str, recipe: Recipe) -> Job:
-    """The job, or a UsageError with everything that is wrong with it. Reads headers only."""
-    method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
-    format = get_format(recipe.format)
-    checkpoint = Checkpoint(locate(model))
-    if format_of(checkpoint):
-        raise UsageError(f"{checkpoint.path} is already quantized", "give the model that it was made from")
-    kind = checkpoint.config.get("model_type")
-    architecture = ARCHITECTURES.get(str(kind))
-    if method.needs or recipe.eval:  # then the model has to be run
-        if not checkpoint.config:
-            raise UsageError(
-                f"{checkpoint.path} has no config.json, so the model cannot be run",
-                "`--method rtn` without --eval needs no data and no model",
-            )
-        architecture = architecture_of(checkpoint.config, checkpoint.path)
-    for spec in [*([recipe.data] if method.needs else []), *([recipe.eval.data] if recipe.eval else [])]:
-        check_source(spec)
-    fused = architecture.fused() if architecture else []
-    solvable = architecture.is_block_linear if architecture and method.needs else None
-    plan = make_plan(checkpoint.tensors, recipe, format.layout, fused, solvable)
-    return Job(model, checkpoint, recipe, method, format, plan)
-
-
-def describe(job: Job) -> dict[str, Any]:
-    """What a run would do and about what it would take; see `qtool.estimate` for the last two."""
-    kinds: dict[tuple[str, str], list[Linear]] = {}
-    for linear in job.plan.linears:
-        kinds.setdefault((kind_of(linear.module), str(linear.scheme)), []).append(linear)
-    reasons: dict[str, list[int]] = {}
-    for kept in job.plan.kept:
-        reasons.setdefault(kept.reason, []).append(kept.source.size_bytes)
-    memory_bytes, wall_s = estimate(job.plan, job.method.needs, job.recipe.data, job.checkpoint.config)
-    return {
-        "model": job.model,
-        "architecture": job.checkpoint.config.get("model_type", "unknown"),
-        "method": job.recipe.method,
-        "format": job.recipe.format,
-        "readers": _readers(job),
-        "layers": [
-            {
-                "kind": kind,
-                "scheme": scheme,
-                "layers": len(m),
-                "bits_per_weight": m[0].size_bits / prod(m[0].source.shape),
-            }
-            for (kind, scheme), m in kinds.items()
-        ],
-        "left_alone": [{"reason": r, "tensors": len(x), "size_bytes": sum(x)} for r, x in reasons.items()],
-        "bytes_before": job.checkpoint.size_bytes,
-        "bytes_after": job.plan.size_bytes,
-        "bits_per_weight": job.plan.bits_per_weight,
-        "expected_memory_bytes": memory_bytes,
-        "expected_wall_s": wall_s,
-    }
 
 
 def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tuple[Report, bool]:
@@ -140,24 +60,22 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
             (out / (MANIFEST + ".new")).replace(out / MANIFEST)
         return report, True
     from qtool.models.blockwise import pick_device
-    from qtool.solver import Solver
+    from qtool.solving.solver import Solver
 
     device = pick_device(options.device)
     staged = StagedOutput(out, job.plan.outputs, identity, options.force)
     resumed = len(staged.done)
-    solver = Solver(job.checkpoint, job.plan, job.method, job.format, staged, device, progress, watch)
+    solver = Solver(job, staged, device, progress, watch)
     try:
-        if job.needs_data:
-            solver.with_data(job.recipe.data, options.batch_tokens)
-        else:
-            solver.without_data()
+        solver.run(options.batch_tokens)
     except QtoolError as error:  # what the user has to mend makes another run: nothing to go on from
         if not resumed and not isinstance(error, ReadError):
             staged.discard()
         raise
     with watch.stage("verify"):
-        entry = job.format.config(*_modules(job.plan))
-        write_json(staged.folder / "config.json", {**job.checkpoint.config, "quantization_config": entry})
+        entry = job.format.config(*_modules(job.plan), job.kv)
+        config = {**job.checkpoint.config, **job.config_changes, "quantization_config": entry}
+        write_json(staged.folder / "config.json", config)
         staged.write_index()
         staged.copy_files(_rest_of_files(job.checkpoint))
         try:
@@ -187,8 +105,12 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     recipe.pop("strict")
     for name in job.recipe.options:
         recipe.pop(name)
-    recipe[job.recipe.method] = asdict(job.method)  # type: ignore[call-overload]
+    for name, options in zip([job.recipe.method, *job.recipe.transforms], [job.method, *job.transforms], strict=True):
+        recipe[name] = asdict(options)  # type: ignore[call-overload]
+    recipe["format"] = job.format.name
     data = {}
+    if job.stats:
+        recipe["stats"] = job.stats.sha256
     if not job.needs_data:
         recipe.pop("data")
     elif job.recipe.data.source in BUILT_IN:
@@ -274,7 +196,7 @@ def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:
 
 def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
     """Read everything back: the bytes of each tensor, and that each linear unpacks to exactly what was solved."""
-    from qtool.solver import digest, digest_bytes, read_back
+    from qtool.solving.record import digest, digest_bytes, read_back
 
     written = Checkpoint(staged.folder)
     for done, unit in enumerate(job.plan.units):
@@ -285,18 +207,18 @@ def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
                     f"`{name}` reads back other bytes than were written to {staged.folder}: a faulty disk?"
                 )
         for linear in unit.linears:
-            if digest(read_back(written, job.plan, job.format, linear)) != record["solved"][linear.module]:
+            if digest(read_back(written, job, linear)) != record["solved"][linear.module]:
                 raise QtoolError(f"`{linear.module}` does not unpack to what was solved: please report this bug")
         progress("verify", done + 1, len(job.plan.units), unit.name)
 
 
 def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int) -> Report:
-    layers = [
-        LayerRecord(**{**x, "shape": tuple(x["shape"]), "notes": tuple(x["notes"])})
-        for unit in job.plan.units
-        for x in staged.done[unit.name]["layers"]
+    layers = [LayerRecord.from_tree(x) for unit in job.plan.units for x in staged.done[unit.name]["layers"]]
+    changed = job.source.changed.union(*(record["changed"] for record in staged.done.values()))
+    kept = [
+        KeptRecord(k.source.name, k.source.dtype, k.source.size_bytes, k.reason, k.source.name in changed)
+        for k in job.plan.kept
     ]
-    kept = [KeptRecord(k.source.name, k.source.dtype, k.source.size_bytes, k.reason) for k in job.plan.kept]
     unasked = [k for k in job.plan.kept if not k.asked]
     notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
     return Report(
@@ -304,9 +226,11 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         output=str(out),
         architecture=str(job.checkpoint.config.get("model_type", "unknown")),
         scheme=job.recipe.scheme,
+        transforms=list(job.recipe.transforms),
         method=job.recipe.method,
-        format=job.recipe.format,
-        readers=_readers(job),
+        kv=job.recipe.kv,
+        format=job.format.name,
+        readers=readers(job),
         layers=layers,
         kept=kept,
         bytes_before=job.checkpoint.size_bytes,
@@ -318,11 +242,6 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         resumed_units=resumed,
         versions=versions("torch", "transformers", "safetensors"),
     )
-
-
-def _readers(job: Job) -> str:
-    """Who loads the output: whoever loads its most unusual layer."""
-    return max({job.format.readers(linear.scheme) for linear in job.plan.linears}, key=len)
 
 
 def _evaluation_tree(recipe: Recipe) -> dict[str, Any] | None:

@@ -30,10 +30,16 @@ class Linear:
     module: str
     source: TensorInfo
     scheme: QuantScheme
+    transposed: bool = False  # stored [in, out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in]"""
+        return self.source.shape[::-1] if self.transposed else self.source.shape
 
     @property
     def size_bits(self) -> int:
-        return self.scheme.size_bits(self.source.shape)
+        return self.scheme.size_bits(self.shape)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Unit:
     name: str
     linears: tuple[Linear, ...]
     kept: tuple[Kept, ...]
+    added: tuple[TensorInfo, ...] = ()  # what the source does not have
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Of the quantized weights, scales and zeros included."""
         return sum(linear.size_bits for linear in self.linears) / sum(
-            prod(linear.source.shape) for linear in self.linears
+            prod(linear.shape) for linear in self.linears
         )
 
 
@@ -87,9 +94,14 @@ def make_plan(
     layout: Layout,
     fused: Iterable[tuple[str, ...]] = (),
     solvable: Callable[[str], bool] | None = None,
+    storable: Callable[[QuantScheme], str | None] | None = None,
+    transposed: Callable[[str], bool] | None = None,
+    added: Iterable[TensorInfo] = (),
 ) -> Plan:
     """The plan for a checkpoint's headers. `fused` names linears (relative to a block) that are served as one;
-    `solvable` says which modules the method can work on. Raises UsageError with every problem in it."""
+    `solvable` says which modules the method can work on, `storable` why the format cannot store a scheme, if so,
+    `transposed` which modules store their weight [in, out]. `added` are tensors that the source does not have.
+    Raises UsageError with every problem in it."""
     problems: list[str] = []
     hints: list[str] = []
     for pattern in (*recipe.layers, *recipe.ignore):
@@ -109,10 +121,12 @@ def make_plan(
         scheme = default
         for pattern, override in overrides.items():
             scheme = override if matches(module, pattern) else scheme
-        linears.append(Linear(module, info, scheme))
+        linears.append(Linear(module, info, scheme, bool(transposed and transposed(module))))
         modules.append(module)
     _check_patterns(recipe, modules, linears, problems, hints)
     _check_shapes(linears, problems, hints)
+    if storable:
+        _check_storable(linears, storable, recipe.format, problems, hints)
     if solvable:
         _check_solvable([x for x in linears if not solvable(x.module)], recipe.method, problems, hints)
     _check_fused(linears, tuple(fused), problems, hints)
@@ -126,7 +140,7 @@ def make_plan(
         hints.append("name what may stay as it is with --ignore")
     if problems:
         raise UsageError("\n".join(problems), hints[0] if hints else None)
-    units = _units(linears, kept)
+    units = _units(linears, kept, list(added))
     return Plan(units, _assign_files(units, layout))
 
 
@@ -150,6 +164,8 @@ def _why_kept(info: TensorInfo, ignore: Iterable[str]) -> Kept | None:
             return Kept(info, f"ignored by `{pattern}`", True)
     if len(info.shape) < 2:
         return Kept(info, "a vector, not a matrix", True)
+    if info.name.endswith("bias"):
+        return Kept(info, "a mask, not a weight", True)
     if len(info.shape) > 2:
         return Kept(info, f"{len(info.shape)}-D tensors are not supported", False)
     if module == info.name:
@@ -185,17 +201,32 @@ def _check_patterns(
 def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) -> None:
     by_cause: dict[tuple[str, str], list[Linear]] = {}
     for linear in linears:
-        cause = linear.scheme.shape_error(linear.source.shape)
+        cause = linear.scheme.shape_error(linear.shape)
         if cause:
             by_cause.setdefault((str(linear.scheme), cause), []).append(linear)
     for (scheme, cause), members in by_cause.items():
         problems.append(f"`{members[0].source.name}` cannot use {scheme}: {cause}{_more(members)}")
         kind = members[0].module.rpartition(".")[2]
-        inputs = members[0].source.shape[1]
+        inputs, wanted = members[0].shape[-1], members[0].scheme
         divisor = inputs & -inputs  # the largest power of two that divides
-        smaller_scheme = dataclasses.replace(members[0].scheme, group_size=divisor)
-        smaller = f", or use `--scheme {smaller_scheme}`" if divisor >= 16 else ""
+        usable = wanted.kind == "int" and wanted.group_size and 16 <= divisor < wanted.group_size
+        smaller = f", or use `--scheme {dataclasses.replace(wanted, group_size=divisor)}`" if usable else ""
         hints.append(f"give these layers another scheme: `--layer '*.{kind}=int8-channel-sym'`{smaller}")
+
+
+def _check_storable(
+    linears: list[Linear],
+    storable: Callable[[QuantScheme], str | None],
+    format: str,
+    problems: list[str],
+    hints: list[str],
+) -> None:
+    for scheme in dict.fromkeys(linear.scheme for linear in linears):
+        cause = storable(scheme)
+        if cause:
+            members = [linear for linear in linears if linear.scheme == scheme]
+            problems.append(f"`{members[0].module}` cannot be {scheme} in this output: {cause}{_more(members)}")
+            hints.append("choose one `--format` that stores every scheme of the recipe, or another scheme")
 
 
 def _check_solvable(unsolvable: list[Linear], method: str, problems: list[str], hints: list[str]) -> None:
@@ -230,14 +261,18 @@ def _more(members: Sequence[object]) -> str:
     return f" ({len(members) - 1} more like it)" if len(members) > 1 else ""
 
 
-def _units(linears: list[Linear], kept: list[Kept]) -> tuple[Unit, ...]:
-    names = {unit_of(name): None for name in [*(k.source.name for k in kept), *(x.source.name for x in linears)]}
-    ordered = sorted(names, key=lambda n: (n != OUTSIDE, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]))
+def _units(linears: list[Linear], kept: list[Kept], added: list[TensorInfo]) -> tuple[Unit, ...]:
+    names = [*(k.source.name for k in kept), *(x.source.name for x in linears), *(x.name for x in added)]
+    ordered = sorted(
+        dict.fromkeys(map(unit_of, names)),
+        key=lambda n: (n != OUTSIDE, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]),
+    )
     return tuple(
         Unit(
             name,
             tuple(x for x in linears if unit_of(x.source.name) == name),
             tuple(x for x in kept if unit_of(x.source.name) == name),
+            tuple(x for x in added if unit_of(x.name) == name),
         )
         for name in ordered
     )
@@ -247,9 +282,9 @@ def _assign_files(units: Iterable[Unit], layout: Layout) -> dict[str, TensorInfo
     """Every tensor that is written, in order, with the shard it goes to."""
     outputs: list[TensorInfo] = []
     for unit in units:
-        outputs += [kept.source for kept in unit.kept]
+        outputs += [*(kept.source for kept in unit.kept), *unit.added]
         for linear in unit.linears:
-            outputs += layout(linear.module, linear.scheme, linear.source.shape, scale_dtype(linear.source.dtype))
+            outputs += layout(linear.module, linear.scheme, linear.shape, scale_dtype(linear.source.dtype))
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in outputs:

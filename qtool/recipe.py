@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from qtool.errors import UsageError, unknown
-from qtool.scheme import QuantScheme
+from qtool.scheme import KV_SCHEMES, QuantScheme
 
 DEFAULT_IGNORE = ("*lm_head", "*embed_out", "*embed*", "*wte", "*wpe", "*norm*", "*router*", "*.gate")
 PROTOCOLS = ("windows", "rows", "llama.cpp")
@@ -72,21 +72,29 @@ class Recipe:
     scheme: str = "int4-g128-sym"  # of every linear layer that no pattern below names
     layers: Mapping[str, str] = field(default_factory=dict)  # pattern -> scheme; the last match wins
     ignore: tuple[str, ...] = DEFAULT_IGNORE  # patterns of modules that stay as they are
+    transforms: tuple[str, ...] = ()  # what is done to the weights before, in this order
     method: str = "gptq"  # which codes are chosen
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # method -> its options
-    format: str = "compressed-tensors"  # how they lie on disk
-    data: DataSpec = DataSpec()  # calibration rows, for methods that want them
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # method or transform -> its options
+    kv: str | None = None  # the key/value cache when the model is served: fp8 or int8
+    format: str = "auto"  # how they lie on disk; auto: what the scheme's readers expect
+    data: DataSpec = DataSpec()  # calibration rows, for what wants them
+    stats: str | None = None  # saved statistics instead of data, as `qtool calibrate` writes them
     eval: EvalSpec | None = None  # measure before and after, and gate
     strict: bool = False  # a tensor left alone for any reason that was not asked for is an error
 
 
-def build(tree: Mapping[str, Any], method_names: typing.Iterable[str]) -> Recipe:
-    """The recipe that a tree of plain values describes. Raises UsageError for unknown keys and wrong types."""
-    tree = dict(tree)
-    options = {name: dict(_mapping(name, tree.pop(name) or {})) for name in list(method_names) if name in tree}
+def build(tree: Mapping[str, Any], with_options: typing.Iterable[str]) -> Recipe:
+    """The recipe that a tree of plain values describes; `with_options` are the methods and transforms.
+
+    Raises UsageError for unknown keys and wrong types.
+    """
+    tree, names = dict(tree), tuple(with_options)
+    options = {name: dict(_mapping(name, tree.pop(name) or {})) for name in names if name in tree}
     if "options" in tree:
-        raise unknown("recipe key", "options", method_names)
-    recipe: Recipe = _from_tree(Recipe, tree, "", extra=tuple(method_names))
+        raise unknown("recipe key", "options", names)
+    recipe: Recipe = _from_tree(Recipe, tree, "", extra=names)
+    if recipe.kv is not None and recipe.kv not in KV_SCHEMES:
+        raise unknown("type of key/value cache", recipe.kv, KV_SCHEMES)
     layers = {pattern: str(QuantScheme.parse(scheme)) for pattern, scheme in recipe.layers.items()}
     recipe = dataclasses.replace(recipe, options=options, layers=layers, scheme=str(QuantScheme.parse(recipe.scheme)))
     if recipe.eval and recipe.eval.protocol not in PROTOCOLS:
@@ -97,7 +105,7 @@ def build(tree: Mapping[str, Any], method_names: typing.Iterable[str]) -> Recipe
 def to_tree(recipe: Recipe) -> dict[str, Any]:
     """The plain values that `build` takes: the inverse of it."""
     tree = dataclasses.asdict(recipe)
-    tree["ignore"] = list(recipe.ignore)
+    tree["ignore"], tree["transforms"] = list(recipe.ignore), list(recipe.transforms)
     tree.update(tree.pop("options"))
     return tree
 

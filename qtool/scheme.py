@@ -193,6 +193,12 @@ class QuantScheme:
         return self.size_bits(shape, scale_bits) / prod(shape)
 
 
+KV_SCHEMES = {  # of the key/value cache, with one fixed scale for keys and one for values of a layer
+    "fp8": ActivationScheme("fp8-e4m3", 8, "tensor"),
+    "int8": ActivationScheme("int", 8, "tensor"),
+}
+
+
 def packed_words(count: int, bits: int) -> int:
     """32-bit words that hold a dense stream of `count` codes of `bits` bits."""
     return ceil(count * bits / 32)

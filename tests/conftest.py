@@ -40,7 +40,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-# What each architecture has besides: small windows, so that rows of 32 tokens feel them.
+# What each architecture has besides: small windows, so that rows of 32 tokens feel them. None: it has no such field.
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -60,6 +60,9 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "phi3": {"sliding_window": 8, "original_max_position_embeddings": 128},
+    "gpt_neox": {"num_key_value_heads": None},
+    "gpt2": {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 128},
+    "opt": {"num_key_value_heads": None, "intermediate_size": None, "ffn_dim": 128, "init_std": 0.1},
 }
 
 MakeModel = Callable[..., Path]
@@ -143,7 +146,8 @@ def build_model(kind: str, tied: bool, overrides: dict[str, Any]) -> torch.nn.Mo
     """A random float32 model in which no parameter is trivial; the same for the same arguments."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **{**SMALL, **OWN[kind], "tie_word_embeddings": tied, **overrides})
+    own = {key: value for key, value in {**SMALL, **OWN[kind]}.items() if value is not None}
+    config = AutoConfig.for_model(kind, **{**own, "tie_word_embeddings": tied, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

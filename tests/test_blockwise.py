@@ -17,7 +17,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError
 from qtool.formats.weights import Weights
 from qtool.models.architectures import ARCHITECTURES, architecture_of
-from qtool.models.blockwise import BlockModel, pick_device
+from qtool.models.blockwise import BlockModel, linear_of, pick_device, weight_of
 
 MakeModel = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -61,7 +61,12 @@ def assert_close(ours: Tensor, other: Tensor, told: str) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_logits_are_those_of_the_whole_model(make_model: MakeModel, kind: str, tied: bool) -> None:
     path = make_model(kind, tied=tied, shards=tied)
-    assert ("lm_head.weight" in Checkpoint(path).tensors) != tied
+    assert any(name in Checkpoint(path).tensors for name in ARCHITECTURES[kind].spellings("lm_head.weight")) != tied
+    assert_as_a_whole(path, kind)
+
+
+def assert_as_a_whole(path: Path, kind: str) -> None:
+    """Logits by block are those of the model that transformers loads from the same folder."""
     batches = random_batches([(2, 32), (1, 32), (3, 9)])  # longer than the sliding windows, and a second length
     ours = logits_by_block(open_model(path), batches)
     whole = whole_model(path)
@@ -69,6 +74,123 @@ def test_logits_are_those_of_the_whole_model(make_model: MakeModel, kind: str, t
     with torch.no_grad():
         for batch, logits in zip(batches, ours, strict=True):
             assert_close(logits, whole(input_ids=batch, use_cache=False).logits, f"{kind}, batch {tuple(batch.shape)}")
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "opt norm last, narrow embeddings": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt narrow embeddings": ("opt", {"word_embed_proj_dim": 32}),
+    "opt without the last norm": ("opt", {"_remove_final_layer_norm": True}),
+    "opt plain norms": ("opt", {"layer_norm_elementwise_affine": False, "enable_bias": False}),
+    "opt gelu": ("opt", {"activation_function": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_an_architecture(make_model: MakeModel, name: str, tied: bool) -> None:
+    kind, fields = VARIANTS[name]
+    path = make_model(kind, dtype="float32", tied=tied, **fields)
+    config = json.loads((path / "config.json").read_text())
+    assert all(config[key] == value for key, value in fields.items())
+    assert_as_a_whole(path, kind)
+    model = open_model(path)
+    model.start(random_batches([(1, 8)]))
+    assert all(p.is_meta for p in model.model.parameters()), "what is before the blocks is dropped again"
+
+
+def test_rows_longer_than_the_table_of_positions(make_model: MakeModel) -> None:
+    for kind in ("gpt2", "opt"):
+        model = open_model(make_model(kind))
+        assert len(model.start(random_batches([(1, 128)])).hidden) == 1
+        with pytest.raises(UsageError, match="rows of 129 tokens are too long for a model with 128 positions"):
+            model.start(random_batches([(1, 20), (1, 129)]))
+    assert len(open_model(make_model("gpt_neox")).start(random_batches([(1, 129)])).hidden) == 1
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> None:
+    """GPT-2 as it was first published: the names of the model without a head, and the masks."""
+    for name in list(tensors):
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    for index in range(2):
+        tensors[f"h.{index}.attn.bias"] = torch.ones(1, 1, 128, 128).tril()
+        tensors[f"h.{index}.attn.masked_bias"] = torch.tensor(-1e4)
+
+
+def with_buffers(tensors: dict[str, Tensor]) -> None:
+    """GPT-NeoX as older versions of transformers wrote it."""
+    assert "embed_out.weight" in tensors, "the name of the head that transformers 5.17 still writes"
+    for index in range(2):
+        attention = f"gpt_neox.layers.{index}.attention"
+        tensors[f"{attention}.bias"] = torch.ones(1, 1, 128, 128, dtype=torch.bool).tril()
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e4)
+        tensors[f"{attention}.rotary_emb.inv_freq"] = torch.zeros(2)
+
+
+def head_as_module(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+
+
+def without_model(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+RENAMED = [
+    ("gpt2", without_prefix, True, "h.1"),
+    ("gpt2", without_prefix, False, "h.1"),
+    ("gpt_neox", with_buffers, False, "gpt_neox.layers.1"),
+    ("gpt_neox", head_as_module, False, "gpt_neox.layers.1"),
+    ("opt", without_model, True, "decoder.layers.1"),
+    ("opt", without_model, False, "decoder.layers.1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "tied", "block"), RENAMED)
+def test_other_names_in_files(
+    broken: Callable[..., Path], kind: str, change: Callable[[dict[str, Tensor]], None], tied: bool, block: str
+) -> None:
+    path = broken(change, kind=kind, tied=tied)
+    assert_as_a_whole(path, kind)
+    model, tensors = open_model(path), Checkpoint(path).tensors
+    assert model.block_name(1) == block
+    assert {n for n in tensors if model.architecture.is_block_linear(n.removesuffix(".weight"))} == {
+        f"{model.block_name(index)}.{linear}.weight" for index in range(2) for linear in model.architecture.linears()
+    }
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_weights_of_linears_are_views(make_model: MakeModel, kind: str) -> None:
+    """[out, in] however they are stored, and writing into one changes what the linear computes."""
+    model = open_model(make_model(kind))
+    with model.block(0) as block:
+        for name in model.architecture.linears():
+            linear, weight_OI = linear_of(block, name), weight_of(block, name, model.architecture.transposed)
+            x_NI = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0))
+            bias = 0.0 if linear.bias is None else linear.bias
+            assert_close(x_NI @ weight_OI.T + bias, linear(x_NI), name)
+            assert weight_OI.shape == (linear.out_features, linear.in_features)
+            weight_OI[-1].zero_()
+            changed_NO = linear(x_NI) - bias
+            assert (changed_NO[:, -1] == 0).all()
+            assert (changed_NO[:, :-1] != 0).all()
+        with pytest.raises(AssertionError):
+            linear_of(block, name.rpartition(".")[0])
+
+
+def test_producers_depend_on_the_config() -> None:
+    def producers(kind: str = "opt", **config: Any) -> list[str | None]:
+        return [x.producer for x in architecture_of({"model_type": kind, **config}, Path("m")).inputs]
+
+    value = "self_attn.v_proj"
+    first = ["self_attn_layer_norm", value, "final_layer_norm", "fc1"]
+    assert producers() == first
+    assert producers(do_layer_norm_before=True, activation_function="relu") == first
+    assert producers(activation_function="gelu") == [*first[:3], None]
+    assert producers(do_layer_norm_before=False) == [None, value, None, "fc1"]
+    assert producers(layer_norm_elementwise_affine=False) == [None, value, None, "fc1"]
+    assert producers("gpt2", activation_function="relu") == ["ln_1", "attn.c_attn", "ln_2", None]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

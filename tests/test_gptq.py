@@ -14,7 +14,7 @@ from qtool.errors import QtoolError
 from qtool.methods import METHODS, get_method
 from qtool.methods.gptq import GPTQ, reversed_factor, round_columns
 from qtool.methods.rtn import RTN
-from qtool.numerics.grid import GridParams, IntGrid, QTensor, grid_of
+from qtool.numerics.grid import Grid, GridParams, QTensor, grid_of
 from qtool.scheme import QuantScheme
 
 SCHEMES = [
@@ -25,7 +25,7 @@ SCHEMES = [
 ]
 
 
-def grid(scheme: str, dtype: torch.dtype = torch.bfloat16) -> IntGrid:
+def grid(scheme: str, dtype: torch.dtype = torch.bfloat16) -> Grid:
     return grid_of(QuantScheme.parse(scheme), dtype)
 
 
@@ -54,7 +54,7 @@ def mismatch(ours: Tensor, other: Tensor) -> str:
 
 
 def naive_gptq(
-    weight_OI: Tensor, grid: IntGrid, params: GridParams, second_II: Tensor, damp: float, activation: bool
+    weight_OI: Tensor, grid: Grid, params: GridParams, second_II: Tensor, damp: float, activation: bool
 ) -> Tensor:
     """Algorithm 1 of arXiv 2210.17323 with blocks of one column, in float64; codes [O, I].
 
@@ -280,11 +280,17 @@ def test_columns_are_rounded_in_the_order_asked_for() -> None:
     params = GridParams(torch.ones(1, 1), None)
     plain = grid("int4-channel-sym", torch.float32)
     factor, _ = reversed_factor(torch.tensor([[1.0, h], [h, 1.0]]), 0.0, torch.tensor([0, 1]))
+
+    def codes(weight: Tensor, order: Tensor) -> list[list[int]]:
+        rounder = plain.rounder(params, (1, 2))
+        round_columns(weight, rounder, factor, order, 8)
+        return rounder.result().codes.tolist()
+
     # 0.4 -> 0, error 0.4; 1.2 + 0.5 * 0.4 = 1.4 -> 1
-    assert round_columns(weight, plain, params, factor, torch.tensor([0, 1]), 8).tolist() == [[8, 9]]
+    assert codes(weight, torch.tensor([0, 1])) == [[8, 9]]
     # 1.2 -> 1, error 0.2; 0.4 + 0.5 * 0.2 = 0.5 -> 0 (a tie goes to even), so use 1.3: error 0.3 -> 0.55 -> 1
     weight = torch.tensor([[0.4, 1.3]])
-    assert round_columns(weight, plain, params, factor, torch.tensor([1, 0]), 8).tolist() == [[9, 9]]
+    assert codes(weight, torch.tensor([1, 0])) == [[9, 9]]
 
 
 def test_options_reach_the_method() -> None:

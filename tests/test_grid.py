@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.numerics import chunks
-from qtool.numerics.grid import GridParams, IntGrid, QTensor, grid_of
-from qtool.numerics.search import minmax_scales
+from qtool.numerics.grid import Grid, GridParams, QTensor, grid_of
+from qtool.numerics.search import range_affine
 from qtool.scheme import QuantScheme
 
 GRANULARITIES = ["tensor", "channel", "g16", "g32"]
@@ -29,7 +29,7 @@ GRIDS = [
 every_grid = pytest.mark.parametrize(("bits", "granularity", "symmetry", "dtype"), GRIDS)
 
 
-def make_grid(bits: int, granularity: str, symmetry: str, dtype: torch.dtype) -> IntGrid:
+def make_grid(bits: int, granularity: str, symmetry: str, dtype: torch.dtype) -> Grid:
     return grid_of(QuantScheme.parse(f"int{bits}-{granularity}-{symmetry}"), dtype)
 
 
@@ -55,7 +55,7 @@ def difference(ours: Tensor, other: Tensor) -> str:
     return f"max difference {gap.max():.3e}, mean {gap.mean():.3e}, {int((gap > 0).sum())} of {gap.numel()} differ"
 
 
-def range_of(grid: IntGrid, params: GridParams, columns: int) -> tuple[Tensor, Tensor]:
+def range_of(grid: Grid, params: GridParams, columns: int) -> tuple[Tensor, Tensor]:
     """The smallest and largest weight that can be represented, for each weight."""
     half = 2 ** (grid.scheme.bits - 1)
     scale = spread(params.scale, columns)
@@ -149,7 +149,7 @@ def test_zero_stays_zero(bits: int, granularity: str, symmetry: str, dtype: torc
         assert torch.equal(grid.decode(grid.encode(nothing, params), params), nothing)
 
 
-def weighted_error(grid: IntGrid, weight: Tensor, params: GridParams, importance: Tensor | None) -> Tensor:
+def weighted_error(grid: Grid, weight: Tensor, params: GridParams, importance: Tensor | None) -> Tensor:
     """Sum of weighted squared errors over what shares a scale, float64 [O, G] (or [1, 1])."""
     error = (grid.decode(grid.encode(weight, params), params).double() - weight.double()).square()
     if importance is not None:
@@ -269,7 +269,7 @@ def test_a_worked_example() -> None:
 
 def test_asymmetric_ranges_always_hold_zero() -> None:
     for weight in (torch.full((1, 16), 0.9), torch.full((1, 16), -0.9), torch.linspace(5, 6, 16)[None]):
-        scale, zero = minmax_scales(weight[:, None], 4, False, torch.bfloat16)
+        scale, zero = range_affine(weight[:, None], 4, torch.bfloat16)
         assert zero is not None
         assert 0 <= zero.item() <= 15
         assert abs(scale.item() * 15 - weight.abs().max().item()) < 0.01 * weight.abs().max()

@@ -19,11 +19,13 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import StagedOutput, partial_path
 from qtool.errors import QtoolError, UsageError
 from qtool.formats.weights import Weights
+from qtool.job import describe, prepare
 from qtool.methods import METHODS
 from qtool.models.architectures import ARCHITECTURES
 from qtool.models.blockwise import BlockModel
-from qtool.pipeline import MANIFEST, RunOptions, describe, prepare, quantize
+from qtool.pipeline import MANIFEST, RunOptions, quantize
 from qtool.recipe import build
+from qtool.transforms import TRANSFORMS
 
 CPU = RunOptions(device="cpu")
 
@@ -37,7 +39,7 @@ def recipe_tree(text: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(model: Path, out: Path, tree: dict[str, Any], options: RunOptions = CPU) -> tuple[Any, bool]:
-    return quantize(prepare(str(model), build(tree, METHODS)), out, options, quiet)
+    return quantize(prepare(str(model), build(tree, [*METHODS, *TRANSFORMS])), out, options, quiet)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -150,7 +152,7 @@ def test_gptq_changes_the_model_less_than_rtn_and_gptaq_less_than_gptq(make_mode
     model, divergence = make_model(initializer_range=0.2), {}
     tree = recipe_tree(calibration_text, scheme="int2-g32-sym")
     tree["data"]["rows"] = 64
-    rows = calibration_rows(build(tree, METHODS).data, Tokenizer(model, 320), 128)
+    rows = calibration_rows(build(tree, [*METHODS, *TRANSFORMS]).data, Tokenizer(model, 320), 128)
     tokens_BT = torch.stack(rows.rows)
     truth = our_logits(model, tokens_BT).log_softmax(-1)
     for method in METHODS:
@@ -194,7 +196,7 @@ def test_interrupted_after_every_unit_it_ends_with_the_same_bytes(
 ):
     tree, model = recipe_tree(calibration_text, method=method), make_model(tied=False)
     run(model, tmp_path / "whole", tree)
-    units = len(prepare(str(model), build(tree, METHODS)).plan.units)
+    units = len(prepare(str(model), build(tree, [*METHODS, *TRANSFORMS])).plan.units)
     finish = StagedOutput.finish_unit
     out = tmp_path / "out"
     for _ in range(units):

@@ -1,4 +1,4 @@
-"""Every shipped recipe runs, and the page that helps to choose knows them all."""
+"""Every shipped recipe runs, and the page that helps to choose shows them all as the table in the code has them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 
 from qtool.cli import run
+from qtool.formats import format_for, get_format
+from qtool.methods import METHODS
+from qtool.recipe import build, load_tree
+from qtool.recommend import CLASSES, ENGINES, PAGE_COLUMNS, TARGETS
+from qtool.scheme import QuantScheme
+from qtool.transforms import TRANSFORMS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+BY_NAME = {target.name: target for target in TARGETS}
+NO_TARGET = ["ci-gated"]  # about measuring, not about where it runs
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,14 +33,45 @@ def test_recipe_runs(name, make_model, calibration_text, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert len(report["layers"]) == 14
     assert bool(report["gates"]) == (name == "ci-gated")
+    needs_data = name in NO_TARGET or BY_NAME[name].needs_data
+    assert bool(report["data"]) == needs_data, f"the table says {needs_data} to data, the run used {report['data']}"
 
 
-def test_the_page_names_every_recipe():
-    page = (RECIPES / "README.md").read_text()
-    assert [name for name in NAMES if f"| `{name}` |" not in page] == []
-    assert page.count("\n| `") == len(NAMES)
+def test_files_and_table_name_the_same_recipes():
+    assert sorted([*BY_NAME, *NO_TARGET]) == NAMES
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_file_says_what_the_table_says(target):
+    recipe = build(load_tree(RECIPES / f"{target.name}.yaml"), [*METHODS, *TRANSFORMS])
+    assert recipe == target.recipe()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_the_formats_name_the_engines_of_the_table(target):
+    scheme = QuantScheme.parse(target.scheme)
+    readers = get_format(format_for(scheme)).readers(scheme)
+    engines = [name for engine, name in ENGINES.items() if target.hardware(engine)]
+    assert [name for name in engines if name not in readers] == [], readers
+    assert bool(target.bitsandbytes) == (format_for(scheme) == "bitsandbytes")
+
+
+def test_the_page_shows_the_table():
+    """Row by row, in the order of the table, and nothing else."""
+    page = (RECIPES / "README.md").read_text(encoding="utf-8")
+    shown = [line for line in page.splitlines() if line.startswith("| `")]
+    assert shown == [f"| {' | '.join(target.cells())} |" for target in TARGETS]
+    assert f"| {' | '.join(PAGE_COLUMNS)} |" in page
+    assert all(f"`{name}`" in page for name in NO_TARGET)
+
+
+def test_the_table_falls_in_quality():
+    order = [CLASSES.index(target.quality) for target in TARGETS]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_says_when_to_choose_it(name):
-    assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert max(map(len, text.splitlines())) <= 120

@@ -119,7 +119,11 @@ def test_shape_errors_give_the_numbers() -> None:
     [
         ("w4a61", "unknown scheme `w4a61`", "`w4a16`"),
         ("nt4-g128-sym", "unknown scheme `nt4-g128-sym`", "`int4-g128-sym`"),
-        ("fp8", "unknown scheme `fp8`", "known: int4-g128-sym"),
+        ("fp9", "unknown scheme `fp9`", "`fp8`"),
+        ("int8-channel-sym+int9-token", "unknown rounding of inputs", "`int8-token`"),
+        ("nvfp4+int8-token", "says twice how inputs are rounded", "leave one"),
+        ("nvfp4a16+outliers-1%", "outliers go with integer weights", "int3-g64-sym+outliers-0.5%"),
+        ("int3-g64-sym+outliers-50%", "at most 20 % of them", "outliers-0.5%"),
         ("", "unknown scheme ``", "known:"),
         ("int4-g128-symm", "unknown part of scheme `int4-g128-symm`: `symm`", "`sym`"),
         ("int4-chanel", "unknown part of scheme `int4-chanel`: `chanel`", "`channel`"),

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from qtool import __version__
-from qtool.cli import eval_ppl, inspect, quantize, state
+from qtool.cli import calibrate, eval_ppl, inspect, quantize, state
 from qtool.errors import QtoolError, UsageError
 
 INTERRUPTED = 130
@@ -29,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("quantize", no_args_is_help=True)(quantize.command)
+app.command("calibrate", no_args_is_help=True)(calibrate.command)
 app.command("eval-ppl", no_args_is_help=True)(eval_ppl.command)
 app.command("inspect", no_args_is_help=True)(inspect.command)
 

@@ -9,8 +9,10 @@ import typer
 
 from qtool.cli import options, state
 from qtool.errors import UsageError
-from qtool.methods import METHODS
+from qtool.formats import FORMATS
+from qtool.methods import METHODS, get_method
 from qtool.recipe import DEFAULT_IGNORE, build, load_tree, section, set_key, to_tree, to_yaml
+from qtool.transforms import TRANSFORMS, get_transform
 
 GATE_MISSED = 3
 
@@ -23,7 +25,12 @@ def command(
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; typed flags go before it.")] = None,
     scheme: Annotated[
-        str | None, typer.Option("--scheme", help="int4-g128-sym, int8-channel-sym, w4a16, w3a16-g64-asym, ...")
+        str | None,
+        typer.Option("--scheme", help="w4a16, w3a16-g64-asym, w8a8, fp8-dynamic, nvfp4, mxfp4a16, nf4, llm-int8, ..."),
+    ] = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option("--transform", help=f"Done to the weights before, in this order: {', '.join(TRANSFORMS)}."),
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", help=f"Which codes are chosen: {', '.join(METHODS)}.")
@@ -39,13 +46,20 @@ def command(
         ),
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="How the codes lie on disk: compressed-tensors.")
+        str | None,
+        typer.Option("--format", help=f"How the codes lie on disk: auto, {', '.join(FORMATS)}."),
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="Scales for a key/value cache of this type: fp8 or int8.", metavar="TYPE")
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             "--data", help="Calibration text: python-docs, a file, a folder, or a data set id (org/name:config)."
         ),
+    ] = None,
+    stats: Annotated[
+        str | None, typer.Option("--stats", help="Saved statistics instead of data, as `qtool calibrate` writes them.")
     ] = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows (128).")] = None,
     seqlen: Annotated[
@@ -74,6 +88,26 @@ def command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, such as gptq.damp=0.05.")
     ] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")] = False,
+    recommend: Annotated[
+        bool,
+        typer.Option(
+            "--recommend", help="Say which recipe suits MODEL, and why; write nothing. `--data none`: without data."
+        ),
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="With --recommend: what the card has, such as 24GB.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="With --recommend: vllm, sglang, transformers, bitsandbytes."),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option("--hardware", metavar="NAME", help="With --recommend: ampere, h100, rtx4090, cpu, apple, ..."),
+    ] = None,
+    model_context: Annotated[
+        int | None, typer.Option("--context", min=1, help="With --recommend --memory: tokens per sequence (4096).")
+    ] = None,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="A tensor left alone unasked is an error (no).")
     ] = None,
@@ -101,10 +135,26 @@ def command(
     console = state.open_console(
         as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format, resumable=True
     )
+    wishes = {"--memory": memory, "--engine": engine, "--hardware": hardware, "--context": model_context}
+    if recommend:
+        chosen = {"--recipe": recipe, "--scheme": scheme, "--method": method, "--transform": transform, "--kv": kv,
+                  "--layer": layer, "--format": format, "-o": output}  # fmt: skip
+        for flag in (flag for flag, value in chosen.items() if value):
+            raise UsageError(f"--recommend chooses by itself and writes nothing: {flag} means nothing with it")
+        from qtool.checkpoint.hub import open_headers
+        from qtool.recommend import CONTEXT, parse_memory, recommendation_view
+        from qtool.recommend import recommend as choose
+
+        budget = parse_memory(memory) if memory else None
+        found = choose(open_headers(model), engine, hardware, budget, model_context or CONTEXT, has_data=data != "none")
+        console.result(found.to_tree(), recommendation_view(found))
+        return 0
+    for flag in (flag for flag, value in wishes.items() if value is not None):
+        raise UsageError(f"{flag} means nothing without --recommend", "add --recommend")
     tree: dict[str, Any] = load_tree(recipe) if recipe else {}
     for assignment in assignments or []:
         set_key(tree, assignment)
-    _put(tree, scheme=scheme, method=method, format=format, strict=strict)
+    _put(tree, scheme=scheme, transforms=transform, method=method, format=format, kv=kv, stats=stats, strict=strict)
     _put_into(tree, "data", source=data, rows=rows, seqlen=seqlen, pack=pack, seed=seed)
     gates = {"protocol": protocol, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl}
     if evaluate:
@@ -119,18 +169,20 @@ def command(
     if ignore:
         before = tree.get("ignore") or DEFAULT_IGNORE
         tree["ignore"] = [*([before] if isinstance(before, str) else before), *ignore]
-    resolved = build(tree, METHODS)
+    resolved = build(tree, [*METHODS, *TRANSFORMS])
     from qtool.evaluation.gates import check_spec
-    from qtool.methods import get_method
 
     get_method(resolved.method, resolved.options.get(resolved.method, {}))
+    for name in resolved.transforms:
+        get_transform(name, resolved.options.get(name, {}))
     if resolved.eval:
         check_spec(resolved.eval, has_baseline=True)
     if print_recipe:
         console.result(to_tree(resolved), []) if as_json else console.text(to_yaml(resolved))
         return 0
 
-    from qtool.pipeline import RunOptions, describe, prepare
+    from qtool.job import describe, prepare
+    from qtool.pipeline import RunOptions
     from qtool.pipeline import quantize as run
     from qtool.report.views import plan_view, report_view
 

@@ -1,7 +1,8 @@
 """The table of formats: how codes lie on disk.
 
-A format is a class with `layout` (the tensors of a linear, from its shape alone), `pack` and its exact
-inverse `unpack`, `config` (the entry in config.json) and its inverse `schemes`, and `readers` (who loads it).
+A format is a class with `problem` (why it cannot store a scheme), `layout` (the tensors of a linear, from its
+shape alone), `pack` and its exact inverse `unpack`, `config` (the entry in config.json) and its inverses `modules`
+and `kv_of`, and `readers` (who loads it). Never imports torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qtool.errors import unknown
 from qtool.headers import TensorInfo
-from qtool.scheme import QuantScheme
+from qtool.scheme import ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,30 +22,55 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "compressed-tensors": "qtool.formats.compressed_tensors:CompressedTensors",
+    "bitsandbytes": "qtool.formats.bitsandbytes:BitsAndBytes",
+    "qtool": "qtool.formats.own:Own",
 }
 
 
 class Format(Protocol):
-    """What the pipeline and the readers ask of a format."""
+    """What the pipeline and the readers ask of a format.
+
+    `name` is its key in the table and the `quant_method` of its checkpoints; `parts` are the endings that the
+    tensors of a quantized module may have.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+
+    def problem(self, scheme: QuantScheme) -> str | None:
+        """Why this format cannot store the scheme, or None."""
+        ...
 
     def layout(self, module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:
         """The tensors that stand for the weight of `module`, [out, in]."""
         ...
 
-    def pack(self, module: str, weight: QTensor) -> dict[str, Tensor]:
-        """Those tensors."""
+    def pack(self, module: str, weight: QTensor, dtype: str = "BF16") -> dict[str, Tensor]:
+        """Those tensors. `dtype` is the type of the weight before, for formats that note it."""
         ...
 
     def unpack(self, module: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> QTensor:
         """The inverse of `pack`: `tensors` holds at least those of `layout`."""
         ...
 
-    def config(self, schemes: dict[str, QuantScheme], left_alone: list[str]) -> dict[str, Any]:
-        """config.json's `quantization_config` for modules and their schemes; `left_alone` are unquantized modules."""
+    def config(
+        self,
+        schemes: dict[str, QuantScheme],
+        left_alone: list[str],
+        kv: ActivationScheme | None = None,
+        dtype: str = "BF16",
+    ) -> dict[str, Any]:
+        """config.json's `quantization_config` for modules and their schemes; `left_alone` are unquantized modules,
+        `kv` says how keys and values are stored, `dtype` is the type of the weights before. Raises UsageError for
+        what one checkpoint cannot hold together."""
         ...
 
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         """Scheme and shape [out, in] of each quantized module of a checkpoint in this format."""
+        ...
+
+    def kv_of(self, config: dict[str, Any]) -> ActivationScheme | None:
+        """How keys and values are stored, by config.json; None for as they are."""
         ...
 
     def readers(self, scheme: QuantScheme) -> str:
@@ -58,3 +84,8 @@ def get_format(name: str) -> Format:
         raise unknown("format", name, FORMATS)
     module, _, cls = FORMATS[name].partition(":")
     return getattr(import_module(module), cls)()
+
+
+def format_for(scheme: QuantScheme) -> str:
+    """The format that a scheme is usually stored in: the first of the table that can."""
+    return next(name for name in FORMATS if get_format(name).problem(scheme) is None)

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
 from qtool.formats import FORMATS, Format, get_format
-from qtool.scheme import QuantScheme
+from qtool.headers import TensorInfo
+from qtool.models.architectures import ARCHITECTURES
+from qtool.scheme import ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+INPUT_SCALES = (".input_scale", ".input_global_scale")
+
+
+class Source(Protocol):
+    """Where float32 tensors come from, by dense name: a checkpoint, or one that a transform has changed.
+
+    `changed` are tensors that differ from the checkpoint's, `added` those that it does not have, and
+    `config_changes` what config.json must say of it.
+    """
+
+    format: Format | None
+    shapes: dict[str, tuple[int, ...]]
+    changed: set[str]
+    added: list[TensorInfo]
+    config_changes: dict[str, Any]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+
+    def read_rows(self, name: str, rows: Tensor) -> Tensor: ...
+
+    def read_stored(self, name: str) -> Tensor:
+        """A changed or added tensor in the type in which it is stored."""
+        ...
+
+    def roundings(self, unit: str) -> Mapping[str, tuple[ActivationScheme, Tensor | None]]:
+        """How the inputs of linears of a unit are rounded, and their fixed scales; names are relative to the unit."""
+        ...
+
+    def kv_scales(self, unit: str) -> tuple[ActivationScheme, Tensor, Tensor] | None:
+        """How the unit's keys and values are stored, with the scale of each, or None for as they are."""
+        ...
 
 
 class Weights:
@@ -20,16 +54,25 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.format: Format | None = format_of(checkpoint)
+        self.changed: set[str] = set()
+        self.added: list[TensorInfo] = []
+        self.config_changes: dict[str, Any] = {}
+        architecture = ARCHITECTURES.get(str(checkpoint.config.get("model_type")))
+        self.is_transposed = architecture.is_block_linear if architecture and architecture.transposed else _never
         packed = self.format.modules(checkpoint) if self.format else {}
         self.schemes: dict[str, QuantScheme] = {module: scheme for module, (scheme, _) in packed.items()}
+        self.kv = self.format.kv_of(checkpoint.config) if self.format else None
         self.packed_names = {
             module: [t.name for t in self.format.layout(module, scheme, shape, "BF16")]
             for module, (scheme, shape) in packed.items()
             if self.format
         }
         hidden = {name for names in self.packed_names.values() for name in names}
+        if self.kv:
+            hidden |= {name for name in checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))}
         self.shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name not in hidden}
-        self.shapes.update({f"{module}.weight": shape for module, (_, shape) in packed.items()})
+        for module, (_, shape) in packed.items():
+            self.shapes[f"{module}.weight"] = shape[::-1] if self.is_transposed(module) else shape
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """float32 tensors by dense name. Raises QtoolError naming a tensor with NaN or infinity."""
@@ -39,7 +82,8 @@ class Weights:
         for name, module in packed.items():
             assert self.format
             parts = dict(self.checkpoint.read_many(self.packed_names[module]))
-            result[name] = self.format.unpack(module, parts, self.schemes[module]).dequantize()
+            weight_OI = self.format.unpack(module, parts, self.schemes[module]).dequantize()
+            result[name] = weight_OI.T.contiguous() if self.is_transposed(module) else weight_OI
         for name in names:
             check_finite(name, result[name])
         return result
@@ -52,6 +96,35 @@ class Weights:
             chosen = tensor[rows].float()
             check_finite(name, chosen)
         return chosen
+
+    def read_stored(self, name: str) -> Tensor:
+        return self.checkpoint.read(name)
+
+    def roundings(self, unit: str) -> Mapping[str, tuple[ActivationScheme, Tensor | None]]:
+        found: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
+        for module, scheme in self.schemes.items():
+            if scheme.activations and module.startswith(unit + "."):
+                names = [n for n in self.packed_names[module] if n.endswith(INPUT_SCALES)]
+                scale = self.checkpoint.read(names[0]).float() if names else None
+                found[module.removeprefix(unit + ".")] = (scheme.activations, scale)
+        return found
+
+    def kv_scales(self, unit: str) -> tuple[ActivationScheme, Tensor, Tensor] | None:
+        if self.kv is None:
+            return None
+        names = [name for name in self.checkpoint.tensors if name.startswith(unit + ".") and name.endswith(".k_scale")]
+        if not names:
+            raise QtoolError(
+                f"{self.checkpoint.path} says that its keys and values are rounded, but `{unit}` has no k_scale"
+            )
+        scales = [
+            self.checkpoint.read(names[0].removesuffix("k_scale") + part).float() for part in ("k_scale", "v_scale")
+        ]
+        return self.kv, scales[0], scales[1]
+
+
+def _never(module: str) -> bool:
+    return False
 
 
 def format_of(checkpoint: Checkpoint) -> Format | None:

@@ -84,4 +84,8 @@ def tied_pair(checkpoint: Checkpoint) -> tuple[str, str] | None:
     if not config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False)):
         return None
     architecture = ARCHITECTURES.get(str(text_config(config).get("model_type")), LLAMA)
-    return f"{architecture.embedding}.weight", f"{architecture.head}.weight"
+    names = []
+    for module in (architecture.embedding, architecture.head):
+        spellings = architecture.spellings(f"{module}.weight")
+        names.append(next((name for name in spellings if name in checkpoint.tensors), spellings[0]))
+    return names[0], names[1]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qtool.calibration.stats import Moments
-    from qtool.numerics.grid import IntGrid, QTensor
+    from qtool.numerics.grid import Grid, QTensor
 
 METHODS = {
     "rtn": "qtool.methods.rtn:RTN",
@@ -41,7 +41,7 @@ class Method(Protocol):
 
     needs: ClassVar[frozenset[str]]
 
-    def solve(self, weight_OI: Tensor, grid: IntGrid, moments: Moments | None) -> Solution:
+    def solve(self, weight_OI: Tensor, grid: Grid, moments: Moments | None) -> Solution:
         """The codes and parameters for a float32 weight, given the moments of its inputs that it needs."""
         ...
 

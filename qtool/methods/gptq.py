@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qtool.calibration.stats import Moments
-    from qtool.numerics.grid import GridParams, IntGrid
+    from qtool.numerics.grid import Grid, Rounder
 
 SCALES = ("searched", "minmax")
 ORDERS = ("activation", "natural")
@@ -47,12 +47,11 @@ class GPTQ:
         if self.damp < 0 or self.block < 1:
             raise UsageError(f"gptq.damp={self.damp} must not be negative and gptq.block={self.block} must be positive")
 
-    def solve(self, weight_OI: Tensor, grid: IntGrid, moments: Moments | None) -> Solution:
+    def solve(self, weight_OI: Tensor, grid: Grid, moments: Moments | None) -> Solution:
         import torch
 
-        from qtool.numerics.grid import QTensor
-
         assert moments is not None
+        assert moments.second_II is not None
         diagonal_I = moments.second_II.diagonal()
         order_I = torch.arange(len(diagonal_I), device=diagonal_I.device)
         if self.order == "activation":
@@ -62,8 +61,9 @@ class GPTQ:
         importance_I = torch.empty_like(diagonal_I)
         importance_I[order_I] = factor_II.diagonal().flip(0).square()  # what an error costs after the feedback
         params = grid.fit(target_OI, importance_I, search=self.scales == "searched")
-        codes = round_columns(target_OI, grid, params, factor_II, order_I, self.block)
-        return Solution(QTensor(codes, params, grid.scheme), notes)
+        rounder = grid.rounder(params, (len(target_OI), len(order_I)))
+        round_columns(target_OI, rounder, factor_II, order_I, self.block)
+        return Solution(rounder.result(), notes)
 
     def _target(self, weight_OI: Tensor, moments: Moments, factor_II: Tensor, order_I: Tensor) -> Tensor:
         """The weight to come close to."""
@@ -113,31 +113,20 @@ def _permuted(matrix_II: Tensor, order_I: Tensor, dtype: torch.dtype) -> Tensor:
     return result_II
 
 
-def round_columns(
-    weight_OI: Tensor, grid: IntGrid, params: GridParams, factor_II: Tensor, order_I: Tensor, block: int
-) -> Tensor:
-    """uint8 codes [O, I] by the rule above. `factor_II` is `reversed_factor` for the same `order_I`."""
+def round_columns(weight_OI: Tensor, rounder: Rounder, factor_II: Tensor, order_I: Tensor, block: int) -> None:
+    """Every column through the rounder by the rule above. `factor_II` is `reversed_factor` for the same `order_I`."""
     import torch
 
-    from qtool.numerics.grid import GridParams
-
-    rows, inputs = weight_OI.shape
+    inputs = weight_OI.shape[1]
     # a column of the weight is a row here, contiguous; once it is rounded, its error takes its place
     error_IO = weight_OI.T[order_I]
-    codes_OI = torch.empty(rows, inputs, dtype=torch.uint8, device=weight_OI.device)
     for start in range(0, inputs, block):
         end = min(start + block, inputs)
         feedback_IB = factor_II[inputs - end :, inputs - end : inputs - start].flip(0, 1)  # R_kj, k < end
         feedback_IB = feedback_IB / feedback_IB[start:].diagonal()
         target_BO = torch.addmm(error_IO[start:end], feedback_IB[:start].T, error_IO[:start])
-        columns = grid.per_column(params, order_I[start:end], rows, inputs)
+        rounder.start(order_I[start:end])
         for j in range(end - start):
             behind = slice(start, start + j)
             target_O = torch.addmv(target_BO[j], error_IO[behind].T, feedback_IB[behind, j])
-            column = GridParams(
-                columns.scale[:, j : j + 1], None if columns.zero is None else columns.zero[:, j : j + 1]
-            )
-            codes_O1 = grid.encode(target_O[:, None], column)
-            codes_OI[:, order_I[start + j]] = codes_O1[:, 0]
-            error_IO[start + j] -= grid.decode(codes_O1, column)[:, 0]
-    return codes_OI
+            error_IO[start + j] -= rounder.round(j, target_O)

@@ -1,4 +1,8 @@
-"""Round to nearest: the grid and nothing else. Needs no data and no model."""
+"""Round to nearest: the grid and nothing else. Needs no data and no model.
+
+Where statistics of the inputs are at hand, because a transform or a fixed input scale wants them, the search for
+scales weights the error of each column by the mean square of its input: that is how AWQ clips.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qtool.calibration.stats import Moments
-    from qtool.numerics.grid import IntGrid
+    from qtool.numerics.grid import Grid
 
 SCALES = ("searched", "minmax")
 
@@ -29,8 +33,7 @@ class RTN:
         if self.scales not in SCALES:
             raise unknown("value of rtn.scales:", self.scales, SCALES)
 
-    def solve(self, weight_OI: Tensor, grid: IntGrid, moments: Moments | None) -> Solution:
-        from qtool.numerics.grid import QTensor
-
-        params = grid.fit(weight_OI, search=self.scales == "searched")
-        return Solution(QTensor(grid.encode(weight_OI, params), params, grid.scheme))
+    def solve(self, weight_OI: Tensor, grid: Grid, moments: Moments | None) -> Solution:
+        importance_I = moments.diagonal_I if moments else None
+        params = grid.fit(weight_OI, importance_I, search=self.scales == "searched")
+        return Solution(grid.nearest(weight_OI, params))

@@ -7,7 +7,8 @@ without data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,36 @@ class Input:
     """One distinct input of linears of a block: who reads it, and what a scale of its channels can be folded into.
 
     `producer` is the norm, or the linear with `rows` of whose output the channels vary in proportion: "all",
-    "value" (the value heads, each shared by the query heads of its group), or "second-half". None: nothing can.
+    "value" (the value heads, each shared by the query heads of its group), "value-of-each-head" (the same where the
+    rows of each head are its query, key and value), or "second-half". None: nothing can.
     """
 
     linears: tuple[str, ...]
     producer: str | None = None
     rows: str = "all"
+    when: tuple[tuple[str, object], ...] = ()  # fields of config.json that must be so, or left out, for the producer
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module names are those of the checkpoint (`blocks`.N.`inputs`...)."""
+    """Module names are those of transformers (`blocks`.N.`inputs`...); `spellings` are those that files may use."""
 
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+    before: tuple[str, ...] = ()  # what works on embeddings before the blocks, where the model has it
+    after: tuple[str, ...] = ()  # likewise on what leaves the norm, before the head
+    aliases: tuple[tuple[str, str], ...] = ()  # beginnings of names: in transformers, and in files instead
     inputs: tuple[Input, ...] = (
         Input(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
         Input(("self_attn.o_proj",), "self_attn.v_proj", "value"),
         Input(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
         Input(("mlp.down_proj",), "mlp.up_proj"),
     )
+    cache_argument: str | int = "past_key_values"  # of a block: the keyword, or which argument after the hidden states
+    transposed: bool = False  # its linears store their weight [in, out]
+    positions: bool = False  # it has a table of positions, so rows cannot be longer than its context
     norm_offset: float = 0.0  # a norm multiplies by its weight plus this
     rotatable: bool = True  # its residual stream can be rotated: all that reads it goes through a norm, RMS and first
     attention: str = "sdpa"  # the attention code of transformers that computes this model exactly
@@ -53,9 +62,14 @@ class Architecture:
         """The linears that are served as one."""
         return [source.linears for source in self.inputs if len(source.linears) > 1]
 
+    def spellings(self, name: str) -> list[str]:
+        """What a module or tensor may be called in files, transformers' name for it first."""
+        aliases = [file + name.removeprefix(own) for own, file in self.aliases if name.startswith(own)]
+        return [name, *aliases]
+
     def is_block_linear(self, module: str) -> bool:
         """Whether a module of the checkpoint is one of those linears."""
-        inside = module.startswith(self.blocks + ".")
+        inside = module.startswith(tuple(self.spellings(self.blocks + ".")))
         return inside and module.endswith(tuple(f".{linear}" for linear in self.linears()))
 
 
@@ -74,6 +88,54 @@ PHI3 = Architecture(
         Input(("mlp.down_proj",), "mlp.gate_up_proj", "second-half"),
     ),
 )
+GPT_NEOX = Architecture(
+    blocks="gpt_neox.layers",
+    embedding="gpt_neox.embed_in",
+    norm="gpt_neox.final_layer_norm",
+    aliases=(("lm_head.", "embed_out."),),  # in files, also those of transformers 5.17
+    inputs=(
+        Input(("attention.query_key_value",), "input_layernorm"),
+        Input(("attention.dense",), "attention.query_key_value", "value-of-each-head"),
+        Input(("mlp.dense_h_to_4h",), "post_attention_layernorm"),
+        Input(("mlp.dense_4h_to_h",)),
+    ),
+    cache_argument="layer_past",
+    rotatable=False,
+)
+GPT2 = Architecture(
+    blocks="transformer.h",
+    embedding="transformer.wte",
+    norm="transformer.ln_f",
+    before=("transformer.wpe",),
+    aliases=(("transformer.", ""),),  # the first published files
+    inputs=(
+        Input(("attn.c_attn",), "ln_1"),
+        Input(("attn.c_proj",), "attn.c_attn", "value"),
+        Input(("mlp.c_fc",), "ln_2"),
+        Input(("mlp.c_proj",)),
+    ),
+    cache_argument=0,
+    transposed=True,
+    positions=True,
+    rotatable=False,
+)
+NORM_FIRST = (("do_layer_norm_before", True), ("layer_norm_elementwise_affine", True))
+OPT = Architecture(
+    blocks="model.decoder.layers",
+    embedding="model.decoder.embed_tokens",
+    norm="model.decoder.final_layer_norm",
+    before=("model.decoder.embed_positions", "model.decoder.project_in"),
+    after=("model.decoder.project_out",),
+    aliases=(("model.decoder.", "decoder."),),
+    inputs=(
+        Input(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm", when=NORM_FIRST),
+        Input(("self_attn.out_proj",), "self_attn.v_proj", "value"),
+        Input(("fc1",), "final_layer_norm", when=NORM_FIRST),  # norms that come last feed the residual stream too
+        Input(("fc2",), "fc1", when=(("activation_function", "relu"),)),  # relu(s x) = s relu(x) for s > 0
+    ),
+    positions=True,
+    rotatable=False,
+)
 
 ARCHITECTURES = {
     "llama": LLAMA,
@@ -85,15 +147,26 @@ ARCHITECTURES = {
     ),  # sdpa leaves out the soft cap of the scores
     "gemma3_text": Architecture(inputs=GEMMA_INPUTS, norm_offset=1.0, rotatable=False),
     "phi3": PHI3,
+    "gpt_neox": GPT_NEOX,
+    "gpt2": GPT2,
+    "opt": OPT,
 }
 
 
-def architecture_of(config: dict[str, Any], root: Path) -> Architecture:
-    """The architecture of a config.json. Raises UsageError for one that no entry describes."""
+def architecture_of(config: Mapping[str, Any], root: Path) -> Architecture:
+    """The architecture of a config.json, with the producers that it has there.
+
+    Raises UsageError for one that no entry describes.
+    """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise UsageError(
             f"{root} is of architecture `{kind}`, which qtool cannot run; it runs {', '.join(sorted(ARCHITECTURES))}",
             "`qtool quantize --method rtn` without --eval runs no model and works on every safetensors checkpoint",
         )
-    return ARCHITECTURES[kind]
+    architecture = ARCHITECTURES[kind]
+    inputs = tuple(
+        source if all(config.get(key, value) == value for key, value in source.when) else replace(source, producer=None)
+        for source in architecture.inputs
+    )
+    return replace(architecture, inputs=inputs)

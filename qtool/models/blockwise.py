@@ -10,17 +10,20 @@ Shapes: B rows of a batch, T tokens, E hidden size, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError, UsageError
 from qtool.models.architectures import architecture_of
+from qtool.runtime.inputs import round_inputs
+from qtool.runtime.kv import KVCache
+from qtool.scheme import ActivationScheme
 
 
 class Source(Protocol):
@@ -31,6 +34,10 @@ class Source(Protocol):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor: ...
+
+    def roundings(self, unit: str) -> Mapping[str, tuple[ActivationScheme, Tensor | None]]: ...
+
+    def kv_scales(self, unit: str) -> tuple[ActivationScheme, Tensor, Tensor] | None: ...
 
 
 class _AllRecorded(Exception):  # noqa: N818 (not an error)
@@ -80,9 +87,13 @@ class BlockModel:
                 f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}"
             ) from None
         self.source, self.device = source, device
+        self.cache: KVCache | None = None
         self.model.eval().requires_grad_(False)
         self._rebuild_buffers()
         self.blocks: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks).children())
+        first = f"{self.architecture.blocks}.0.{self.architecture.linears()[0]}.weight"
+        in_file = next((name for name in self.architecture.spellings(first) if name in source.shapes), first)
+        self._blocks_in_file = in_file.removesuffix(first.removeprefix(self.architecture.blocks))
 
     @property
     def context(self) -> int:
@@ -90,17 +101,40 @@ class BlockModel:
         return int(getattr(self.config, "max_position_embeddings", 0) or 2048)
 
     def block_name(self, index: int) -> str:
-        return f"{self.architecture.blocks}.{index}"
+        """What the checkpoint calls block `index`."""
+        return f"{self._blocks_in_file}.{index}"
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights in float32, dropped again at the end."""
-        with self._loaded(self.block_name(index)) as block:
-            yield block
+        """Block `index` with its weights in float32, dropped again at the end.
+
+        Inputs, keys and values are rounded as the checkpoint says that they are when it is served.
+        """
+        name = self.block_name(index)
+        kv = self.source.kv_scales(name)
+        roundings = {
+            layer: (scheme, None if scale is None else scale.to(self.device))
+            for layer, (scheme, scale) in self.source.roundings(name).items()
+        }
+        with self._loaded(f"{self.architecture.blocks}.{index}") as block, round_inputs(block, roundings):
+            self.cache = kv and KVCache(kv[0], kv[1].to(self.device), kv[2].to(self.device))
+            try:
+                yield block
+            finally:
+                self.cache = None
 
     def start(self, batches: Iterable[Tensor]) -> Stream:
-        """Token batches [B, T] -> what enters the first block. Of the embedding only the rows in use are loaded."""
+        """Token batches [B, T] -> what enters the first block. Of the embedding only the rows in use are loaded.
+
+        Raises UsageError for rows longer than a table of positions.
+        """
         stream, tokens = Stream([]), list(batches)
+        longest = max(batch.shape[1] for batch in tokens)
+        if self.architecture.positions and longest > self.context:
+            raise UsageError(
+                f"rows of {longest} tokens are too long for a model with {self.context} positions",
+                f"make them shorter: `--seqlen {self.context}`",
+            )
         used = torch.unique(torch.cat([batch.flatten() for batch in tokens]))
         path, _, name = self.architecture.blocks.rpartition(".")
         decoder = self.model.get_submodule(path)
@@ -108,13 +142,17 @@ class BlockModel:
         embedding = self.model.get_submodule(self.architecture.embedding)
         assert isinstance(embedding, nn.Embedding)
         embedding.padding_idx = None  # matters to gradients only, and would point outside the rows in use
-        with self._loaded(self.architecture.embedding, used), torch.no_grad():
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self._loaded(self.architecture.embedding, used))
+            for part in self._present(self.architecture.before):
+                stack.enter_context(self._loaded(part))
             setattr(decoder, name, nn.ModuleList(recorders))
             try:
                 for tokens_BT in tokens:
                     with suppress(_AllRecorded):
                         rows_BT = torch.searchsorted(used, tokens_BT)
-                        decoder(input_ids=rows_BT.to(self.device), use_cache=False)
+                        # numbers of rows are no tokens: what looks for padding must not see them
+                        decoder(inputs_embeds=embedding(rows_BT.to(self.device)), use_cache=False)
                     calls = [recorder.call for recorder in recorders]
                     stream.hidden.append(calls[0][0][0])
                     if tuple(tokens_BT.shape) not in stream.arguments:
@@ -123,29 +161,43 @@ class BlockModel:
                 setattr(decoder, name, nn.ModuleList(self.blocks))
         return stream
 
-    def run(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
-        """The output of a loaded block for one batch, [B, T, E]; does not change the stream."""
+    def run(self, block: nn.Module, index: int, stream: Stream, batch: int, cache: KVCache | None = None) -> Tensor:
+        """The output of a loaded block for one batch, [B, T, E]; does not change the stream.
+
+        `cache` sees, and may change, its keys and values.
+        """
         hidden_BTE = stream.hidden[batch]
         args, kwargs = stream.arguments[tuple(hidden_BTE.shape[:2])][index]
+        cache, place = cache or self.cache, self.architecture.cache_argument
+        if cache is not None:
+            if isinstance(place, int):
+                args = (*args[:place], cache, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, place: cache}
         with torch.no_grad():
             output = block(hidden_BTE, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Final norm and output head: a function from hidden states [N, E] to logits [N, V]."""
+        """Final norm, where there is one, and output head: a function from hidden states [N, E] to logits [N, V]."""
         final = getattr(self.config, "final_logit_softcapping", None)
-        with (
-            self._loaded(self.architecture.norm) as norm,
-            self._loaded(self.architecture.head) as head,
-            torch.no_grad(),
-        ):
+        names = (self.architecture.norm, *self.architecture.after, self.architecture.head)
+        with ExitStack() as stack, torch.no_grad():
+            steps = [stack.enter_context(self._loaded(name)) for name in self._present(names)]
 
             def logits(hidden_NE: Tensor) -> Tensor:
-                values = head(norm(hidden_NE))
+                values = hidden_NE
+                for step in steps:
+                    values = step(values)
                 return torch.tanh(values / final) * final if final else values
 
             yield logits
+
+    def _present(self, names: Iterable[str]) -> list[str]:
+        """Those modules that the model of this config has."""
+        modules = dict(self.model.named_modules())
+        return [name for name in names if name in modules]
 
     @contextmanager
     def _loaded(self, name: str, rows: Tensor | None = None) -> Iterator[nn.Module]:
@@ -172,12 +224,13 @@ class BlockModel:
 
     def _source_name(self, name: str) -> str:
         """The checkpoint's name of a parameter; with tied embeddings either of the two may be in the file."""
-        if name in self.source.shapes:
-            return name
+        names = self.architecture.spellings(name)
         tied = {f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"}
-        other = (tied - {name}).pop() if name in tied else None
-        if other in self.source.shapes and getattr(self.config, "tie_word_embeddings", False):
-            return other
+        if name in tied and getattr(self.config, "tie_word_embeddings", False):
+            names += self.architecture.spellings((tied - {name}).pop())
+        for found in names:
+            if found in self.source.shapes:
+                return found
         raise QtoolError(f"the checkpoint has no tensor `{name}`, which config.json's model needs")
 
     def _rebuild_buffers(self) -> None:
@@ -197,10 +250,21 @@ def _put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """A linear of a block by its name relative to the block."""
+    """A linear of a block by its name relative to the block; a Conv1D is one too, whose weight is [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
     module = block.get_submodule(name)
+    if isinstance(module, Conv1D):
+        module.in_features, module.out_features = module.nx, module.nf
+        return cast(nn.Linear, module)
     assert isinstance(module, nn.Linear), (name, type(module))
     return module
+
+
+def weight_of(block: nn.Module, name: str, transposed: bool) -> Tensor:
+    """The weight of such a linear as [out, in], whichever way it is stored; writing into it changes the linear."""
+    weight = linear_of(block, name).weight.data
+    return weight.T if transposed else weight
 
 
 def _config(root: Path) -> dict[str, Any]:

@@ -1,98 +1,245 @@
 """Grids: which values a scheme can represent, and how weights get onto them.
 
-A grid fits its parameters to a weight, encodes weights to codes and decodes codes to weights. A method
-never knows which grid it rounds on. Codes are unsigned (uint8); the integer grid means
-w = (code - zero) * scale, where a symmetric grid has zero = 2^(b-1).
+A grid fits its parameters to a weight and rounds weights under them: all at once (`nearest`), or column by
+column through a `Rounder`, which gives back what each column will be read as. A method never knows which
+grid it rounds on. Codes are uint8; with a zero point w = (code - zero) * scale, else w = value(code) * scale.
 
 Shapes: O out features, I in features, G groups of columns, C columns given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qtool.numerics.search import minmax_scales, search_scales
-from qtool.scheme import QuantScheme
+from qtool.numerics.codecs import codec_of
+from qtool.numerics.minifloat import decode_e8m0
+from qtool.numerics.scales import (
+    AbsmaxStore,
+    E4M3Store,
+    FloatStore,
+    PowerOfTwoStore,
+    ScaleStore,
+    nest,
+    nvfp4_divisors,
+    unnest,
+)
+from qtool.numerics.search import range_affine, range_scales, search_affine, search_scales, weighted_error
+from qtool.scheme import BLOCK, QuantScheme
 
 
 class GridParams(NamedTuple):
-    """One scale and zero point per group, [O, G]; [1, 1] when a whole tensor shares them.
+    """The parameters of a grid as they are stored.
 
-    `scale` has its storage type; `zero` is integral in float32, or None when symmetric.
+    `scale` [O, G]; [1, 1] when a tensor shares one, [O / 128, I / 128] for blocks. `zero` of the same shape,
+    integral in float32, or None. `super_scale` and `super_zero` are the second level of two-level scales:
+    nvfp4's divisor [1]; nf4-dq's scales [ceil(O G / 256)] and offset [1].
     """
 
     scale: Tensor
-    zero: Tensor | None
+    zero: Tensor | None = None
+    super_scale: Tensor | None = None
+    super_zero: Tensor | None = None
+
+
+class Outliers(NamedTuple):
+    """Weights kept in 16 bits: those of row r stand at row_ends[r] .. row_ends[r + 1]."""
+
+    row_ends: Tensor  # int32 [O + 1]
+    columns: Tensor  # int32 [n]
+    values: Tensor  # [n], in the type of the scales
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of each, [n]."""
+        counts = self.row_ends.diff().long()
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
 @dataclass(frozen=True)
-class IntGrid:
-    """The integer grid of a scheme; scales are rounded to `scale_dtype` before anything is encoded."""
+class QTensor:
+    """A quantized weight [O, I]. `dequantize` is its meaning; a format may only lay it out differently.
+
+    `input_scale` [1] is the fixed scale of its input, where the scheme has one.
+    """
+
+    codes: Tensor  # uint8 [O, I]
+    params: GridParams
+    scheme: QuantScheme
+    outliers: Outliers | None = None
+    input_scale: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """float32 [O, I]."""
+        weight_OI = grid_of(self.scheme, self.params.scale.dtype).decode(self.codes, self.params)
+        if self.outliers is not None:
+            weight_OI[self.outliers.rows, self.outliers.columns.long()] = self.outliers.values.float()
+        return weight_OI
+
+    def split(self, rows: list[int]) -> list[QTensor]:
+        """The weights that were stacked along their rows, of which there are `rows` each; see `stackable`."""
+        assert stackable(self.scheme)
+        assert self.outliers is None
+        scales = self.params.scale.split(rows)
+        zeros = [None] * len(rows) if self.params.zero is None else self.params.zero.split(rows)
+        params = [self.params._replace(scale=s, zero=z) for s, z in zip(scales, zeros, strict=True)]
+        return [replace(self, codes=c, params=p) for c, p in zip(self.codes.split(rows), params, strict=True)]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that it is made of."""
+        parts = [self.codes, *self.params, *(self.outliers or ()), self.input_scale]
+        return [part for part in parts if part is not None]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of a scheme; scales without a type of their own are stored in `scale_dtype`."""
 
     scheme: QuantScheme
     scale_dtype: torch.dtype
 
     def fit(self, weight_OI: Tensor, importance_I: Tensor | None = None, search: bool = True) -> GridParams:
         """Parameters of least sum_ij importance_j (w_ij - w^_ij)^2; without `search`, from the range of each group."""
-        rows, inputs = weight_OI.shape
-        whole = self.scheme.granularity == "tensor"
-        shape = (1, 1, -1) if whole else (rows, self.scheme.groups(inputs), -1)
-        weight_RGK, bits, symmetric = weight_OI.reshape(shape), self.scheme.bits, self.scheme.symmetric
-        if not search:
-            return GridParams(*minmax_scales(weight_RGK, bits, symmetric, self.scale_dtype))
-        importance = importance_I
-        if importance is not None:
-            importance = (importance.repeat(rows) if whole else importance).reshape(1, *weight_RGK.shape[1:])
-        return GridParams(*search_scales(weight_RGK, importance, bits, symmetric, self.scale_dtype))
+        weight_RGK, importance = self._grouped(weight_OI, importance_I if search else None)
+        if not self.scheme.symmetric:
+            bits, dtype = self.scheme.bits, self.scale_dtype
+            if search:
+                scale, zero = search_affine(weight_RGK, importance, bits, dtype)
+            else:
+                scale, zero = range_affine(weight_RGK, bits, dtype)
+            return GridParams(scale.to(dtype), zero)
+        codec = codec_of(self.scheme)
+        best: tuple[Tensor, ScaleStore, Tensor] | None = None
+        for store in self._stores(weight_OI)[: None if search else 1]:
+            if search:
+                scale = search_scales(weight_RGK, importance, codec, store)
+            else:
+                scale = range_scales(weight_RGK, codec, store)
+            error = weighted_error(weight_RGK, importance, codec, scale)
+            if best is None or error < best[0]:
+                best = error, store, scale
+        assert best is not None
+        _, store, scale = best
+        if self.scheme.kind == "nf4-dq":
+            codes, super_scale, super_zero = nest(scale)
+            return GridParams(codes, None, super_scale, super_zero)
+        return GridParams(store.pack(scale), None, store.divisor if isinstance(store, E4M3Store) else None)
 
     def encode(self, weight_OC: Tensor, params: GridParams) -> Tensor:
         """The nearest codes, uint8 [O, C]. C is a multiple of the groups of `params`."""
-        scale, zero = self._affine(params)
-        codes = weight_OC.unflatten(1, (params.scale.shape[1], -1)) / scale
-        return codes.round_().add_(zero).clamp_(0, 2**self.scheme.bits - 1).to(torch.uint8).flatten(1)
+        scale = self._effective(params, len(weight_OC))
+        values = weight_OC.unflatten(1, (scale.shape[1], -1)) / scale[:, :, None]
+        if params.zero is not None:
+            codes = values.round_().add_(params.zero[:, :, None]).clamp_(0, 2**self.scheme.bits - 1)
+            return codes.to(torch.uint8).flatten(1)
+        return codec_of(self.scheme).encode(values).flatten(1)
 
     def decode(self, codes_OC: Tensor, params: GridParams) -> Tensor:
-        """float32 weights [O, C] of codes: (code - zero) * scale."""
-        scale, zero = self._affine(params)
-        return codes_OC.unflatten(1, (params.scale.shape[1], -1)).float().sub_(zero).mul_(scale).flatten(1)
+        """float32 weights [O, C] of codes."""
+        scale = self._effective(params, len(codes_OC))
+        codes = codes_OC.unflatten(1, (scale.shape[1], -1))
+        zero = params.zero
+        values = codec_of(self.scheme).decode(codes) if zero is None else codes.float().sub_(zero[:, :, None])
+        return values.mul_(scale[:, :, None]).flatten(1)
+
+    def nearest(self, weight_OI: Tensor, params: GridParams) -> QTensor:
+        """A weight rounded to nearest."""
+        return QTensor(self.encode(weight_OI, params), params, self.scheme)
+
+    def rounder(self, params: GridParams, shape: tuple[int, int]) -> Rounder:
+        """What rounds the columns of a weight [O, I] one at a time."""
+        return Rounder(self, params, shape)
 
     def per_column(self, params: GridParams, columns_C: Tensor, rows: int, inputs: int) -> GridParams:
         """The parameters of chosen columns of an [rows, inputs] weight, one group per column, scales in float32."""
-        group = columns_C * params.scale.shape[1] // inputs
+        scale = self._effective(params, rows)
+        group = columns_C * scale.shape[1] // inputs
 
         def pick(values: Tensor) -> Tensor:
-            return values.float().T[group].expand(-1, rows).T  # a column of it is contiguous
+            return values.T[group].expand(-1, rows).T  # a column of it is contiguous
 
-        return GridParams(pick(params.scale), None if params.zero is None else pick(params.zero))
+        return GridParams(pick(scale), None if params.zero is None else pick(params.zero))
 
-    def _affine(self, params: GridParams) -> tuple[Tensor, Tensor | float]:
-        zero = float(2 ** (self.scheme.bits - 1)) if params.zero is None else params.zero[:, :, None]
-        return params.scale.float()[:, :, None], zero
+    def _grouped(self, weight_OI: Tensor, importance_I: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights that share a scale side by side, [R, G, K], and their importance, [1, G, K]."""
+        rows, inputs = weight_OI.shape
+        groups = self.scheme.groups(inputs)
+        if self.scheme.granularity == "tensor":
+            importance = None if importance_I is None else importance_I.repeat(rows).reshape(1, 1, -1)
+            return weight_OI.reshape(1, 1, -1), importance
+        if self.scheme.granularity == "block":
+            padded = torch.nn.functional.pad(weight_OI, (0, 0, 0, -rows % BLOCK))
+            blocks = padded.view(-1, BLOCK, groups, BLOCK).transpose(1, 2).flatten(2)
+            importance = None if importance_I is None else importance_I.view(1, groups, BLOCK).repeat(1, 1, BLOCK)
+            return blocks, importance
+        importance = None if importance_I is None else importance_I.reshape(1, groups, -1)
+        return weight_OI.reshape(rows, groups, -1), importance
+
+    def _stores(self, weight_OI: Tensor) -> list[ScaleStore]:
+        """The ways to store the scales of this weight that are worth trying, the usual one first."""
+        if self.scheme.kind == "nvfp4":
+            return [E4M3Store(divisor) for divisor in nvfp4_divisors(weight_OI.abs().amax())]
+        if self.scheme.kind.startswith("mx"):
+            return [PowerOfTwoStore()]
+        if self.scheme.kind == "llm-int8":
+            return [AbsmaxStore()]
+        if self.scheme.kind in ("nf4", "nf4-dq"):
+            return [FloatStore(torch.float32)]
+        return [FloatStore(self.scale_dtype)]
+
+    def _effective(self, params: GridParams, rows: int) -> Tensor:
+        """The scales that codes are multiplied by, float32 [O or 1, G]."""
+        scale = params.scale
+        if params.super_zero is not None:
+            assert params.super_scale is not None
+            scale = unnest(scale, params.super_scale, params.super_zero)
+        elif params.super_scale is not None:
+            scale = scale.float() / params.super_scale
+        elif scale.dtype == torch.uint8:
+            scale = decode_e8m0(scale)
+        if len(scale) not in (1, rows):  # blocks
+            scale = scale.repeat_interleave(BLOCK, 0)[:rows]
+        return scale.float()
 
 
-@dataclass(frozen=True)
-class QTensor:
-    """A quantized weight [O, I]. `dequantize` is its meaning; a format may only lay it out differently."""
+class Rounder:
+    """Rounds the columns of one weight, in any order, and keeps the codes."""
 
-    codes: Tensor  # uint8 [O, I]
-    params: GridParams
-    scheme: QuantScheme
+    def __init__(self, grid: Grid, params: GridParams, shape: tuple[int, int]) -> None:
+        self.grid, self.params, self.shape = grid, params, shape
+        self.codes_OI = torch.empty(shape, dtype=torch.uint8, device=params.scale.device)
+        self.columns: list[int] = []
 
-    def dequantize(self) -> Tensor:
-        """float32 [O, I]."""
-        return grid_of(self.scheme, self.params.scale.dtype).decode(self.codes, self.params)
+    def start(self, columns_C: Tensor) -> None:
+        """The columns that come next, in their order."""
+        self.columns = columns_C.tolist()
+        self.of_columns = self.grid.per_column(self.params, columns_C, *self.shape)
 
-    def split(self, rows: list[int]) -> list[QTensor]:
-        """The weights that were stacked along their rows, of which there are `rows` each."""
-        codes, scales = self.codes.split(rows), self.params.scale.split(rows)
-        zeros = [None] * len(rows) if self.params.zero is None else self.params.zero.split(rows)
-        return [QTensor(c, GridParams(s, z), self.scheme) for c, s, z in zip(codes, scales, zeros, strict=True)]
+    def round(self, j: int, target_O: Tensor) -> Tensor:
+        """The j-th of them rounded: what it will be read as, float32 [O]."""
+        scale, zero, _, _ = self.of_columns
+        params = GridParams(scale[:, j : j + 1], None if zero is None else zero[:, j : j + 1])
+        codes_O1 = self.grid.encode(target_O[:, None], params)
+        self.codes_OI[:, self.columns[j]] = codes_O1[:, 0]
+        return self.grid.decode(codes_O1, params)[:, 0]
+
+    def result(self) -> QTensor:
+        """The weight, once every column was rounded."""
+        return QTensor(self.codes_OI, self.params, self.grid.scheme)
 
 
-def grid_of(scheme: QuantScheme, scale_dtype: torch.dtype) -> IntGrid:
+def stackable(scheme: QuantScheme) -> bool:
+    """Whether weights may be solved as one, stacked along their rows, and be split again afterwards."""
+    return scheme.granularity in ("channel", "group") and scheme.kind != "nf4-dq" and not scheme.outliers
+
+
+def grid_of(scheme: QuantScheme, scale_dtype: torch.dtype) -> Grid:
     """The grid that a scheme names."""
-    return IntGrid(scheme, scale_dtype)
+    if scheme.outliers:
+        from qtool.numerics.outliers import OutlierGrid
+
+        return OutlierGrid(scheme, scale_dtype)
+    return Grid(scheme, scale_dtype)

@@ -26,6 +26,11 @@ class LayerRecord:
     output_error: float | None  # None when there was no data
     wall_s: float
     notes: tuple[str, ...] = ()
+    transforms: tuple[str, ...] = ()  # what they did to its input
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> LayerRecord:
+        return cls(**{**tree, **{key: tuple(tree[key]) for key in ("shape", "notes", "transforms")}})
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class KeptRecord:
     dtype: str
     size_bytes: int
     reason: str
+    changed: bool = False  # by a transform, which left what the float model computes as it is
 
 
 @dataclass
@@ -46,7 +52,9 @@ class Report:
     output: str
     architecture: str
     scheme: str
+    transforms: list[str]
     method: str
+    kv: str | None
     format: str
     readers: str
     layers: list[LayerRecord]
@@ -74,7 +82,7 @@ class Report:
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Report:
-        layers = [LayerRecord(**{**x, "shape": tuple(x["shape"]), "notes": tuple(x["notes"])}) for x in tree["layers"]]
+        layers = [LayerRecord.from_tree(x) for x in tree["layers"]]
         return cls(**{**tree, "layers": layers, "kept": [KeptRecord(**x) for x in tree["kept"]]})
 
 

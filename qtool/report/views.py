@@ -28,7 +28,7 @@ def plan_view(plan: Tree) -> View:
     left = [(x["reason"], str(x["tensors"]), size(x["size_bytes"])) for x in plan["left_alone"]]
     facts = [
         ("model", f"{plan['model']} ({plan['architecture']})"),
-        ("method", plan["method"]),
+        ("method", " + ".join([*plan["transforms"], plan["method"]])),
         ("format", f"{plan['format']}: {plan['readers']}"),
         ("size", f"{size(plan['bytes_before'])} -> {size(plan['bytes_after'])}"),
         ("bits per weight", f"{plan['bits_per_weight']:.3f}"),
@@ -119,7 +119,8 @@ def _verdict(report: Report) -> Table:
     stages = ", ".join(f"{name} {seconds(s)}" for name, s in sorted(report.stages_s.items(), key=lambda x: -x[1])[:4])
     facts = [
         ("model", f"{report.model} ({report.architecture})"),
-        ("recipe", f"{report.method} {report.scheme}"),
+        ("recipe", " + ".join([*report.transforms, report.method]) + f" {report.scheme}"),
+        *([("KV cache", f"{report.kv}, calibrated scales")] if report.kv else []),
         ("output", report.output),
         ("loads in", report.readers),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({100 * share:.1f} %)"),

@@ -1,0 +1,90 @@
+"""The calibration rows on their way through the blocks, and what is measured of them there.
+
+Shapes: N tokens, I input features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from qtool.calibration.stats import CROSS, InputStats, inputs_of
+from qtool.calibration.tokens import TokenRows, batches
+from qtool.models.blockwise import BlockModel, Stream, linear_of
+from qtool.numerics.activations import fake_quantize
+from qtool.runtime.inputs import round_inputs
+from qtool.runtime.kv import KVCache
+from qtool.scheme import ActivationScheme
+
+Roundings = Mapping[str, tuple[ActivationScheme, Tensor | None]]  # of the inputs of linears, relative to the block
+
+
+class Rows:
+    """Hidden states of all rows before block `index`; with `cross` a second stream goes through the float model."""
+
+    def __init__(self, model: BlockModel, rows: TokenRows, batch_tokens: int, cross: bool) -> None:
+        self.model, self.cross = model, cross
+        self.stream = model.start(batch for batch, _ in batches(rows.rows, batch_tokens))
+        self.float_stream = Stream(list(self.stream.hidden), self.stream.arguments) if cross else None
+        self.float_block: nn.Module | None = None
+        self.index = 0
+
+    def enter(self, index: int) -> None:
+        """The rows stand before this block."""
+        self.index = index
+
+    def split(self, block: nn.Module) -> None:
+        """From here on the block will be rounded; the float stream keeps a copy of it as it is."""
+        assert self.cross
+        self.float_block = copy.deepcopy(block)
+
+    def measure(
+        self,
+        block: nn.Module,
+        layers: Iterable[str],
+        wanted: Collection[str],
+        rounded: Roundings | None = None,
+        cache: KVCache | None = None,
+        advance: bool = False,
+    ) -> dict[str, InputStats]:
+        """Statistics of the inputs of these linears as the block is now; `advance` takes the rows through it as well.
+
+        Inputs in `rounded` are rounded as they will be when the model runs. `cache` sees the keys and values.
+        """
+        layers, rounded = list(layers), rounded or {}
+        stats = {x: InputStats.empty(linear_of(block, x).in_features, wanted, self.model.device) for x in layers}
+        with round_inputs(block, rounded):
+            for batch in range(len(self.stream.hidden)):
+                inputs, output = self._inputs(block, self.stream, batch, layers, cache, advance)
+                floats: dict[str, Tensor] = {}
+                if CROSS in wanted:
+                    assert self.float_block is not None
+                    assert self.float_stream is not None
+                    floats, _ = self._inputs(self.float_block, self.float_stream, batch, layers, None, False)
+                for x in layers:
+                    x_NI = fake_quantize(inputs[x], *rounded[x]) if x in rounded else inputs[x]
+                    stats[x].add(x_NI, floats.get(x))
+                if output is not None:
+                    self.stream.hidden[batch] = output
+        return stats
+
+    def leave(self, block: nn.Module, rounded: Roundings | None = None, cache: KVCache | None = None) -> None:
+        """The rows advance to the next block."""
+        for module, stream in ((block, self.stream), (self.float_block or block, self.float_stream)):
+            if stream is not None:
+                is_float = stream is self.float_stream
+                with nullcontext() if is_float else round_inputs(block, rounded or {}):
+                    for batch in range(len(stream.hidden)):
+                        used = None if is_float else cache
+                        stream.hidden[batch] = self.model.run(module, self.index, stream, batch, used)
+        self.float_block = None
+
+    def _inputs(
+        self, block: nn.Module, stream: Stream, batch: int, layers: list[str], cache: KVCache | None, to_the_end: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        with torch.no_grad():
+            return inputs_of(lambda: self.model.run(block, self.index, stream, batch, cache), block, layers, to_the_end)

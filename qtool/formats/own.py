@@ -1,0 +1,157 @@
+"""The format "qtool": every scheme, for this program to read. vLLM refuses it, transformers 5.17 warns and goes on.
+
+A linear has the tensors of compressed-tensors, or of bitsandbytes for its types, and further
+- fp8-e5m2: `weight` F8_E5M2 and `weight_scale`, as for e4m3;
+- outliers: `outlier_row_ends` I32 [out + 1], `outlier_columns` U16 [n], I32 where a row has more than 65536 inputs,
+  and `outlier_values` [n] in the type of the scales. Those of row r stand at row_ends[r] .. row_ends[r + 1].
+config.json says which modules have which scheme, and how keys and values are rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import QtoolError
+from qtool.formats.bitsandbytes import SCB, STATE, BitsAndBytes
+from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes
+from qtool.formats.compressed_tensors import (
+    CompressedTensors,
+    inputs_of,
+    pack_input,
+    quantized_modules,
+    stored_shape,
+    unpack_input,
+)
+from qtool.formats.compressed_tensors_config import by_scheme, match
+from qtool.headers import TensorInfo
+from qtool.scheme import ActivationScheme, QuantScheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.numerics.grid import QTensor
+
+VERSION = 1
+ROW_ENDS, COLUMNS, VALUES = ".outlier_row_ends", ".outlier_columns", ".outlier_values"
+INTEGERS, BLOCKWISE = CompressedTensors(), BitsAndBytes()
+OF_BITSANDBYTES = ("nf4", "nf4-dq", "llm-int8")
+
+
+class Own:
+    """The format's entry in the table; see `qtool.formats.Format`."""
+
+    name = "qtool"
+    parts: tuple[str, ...] = tuple(
+        dict.fromkeys((*CompressedTensors.parts, *BitsAndBytes.parts, ROW_ENDS, COLUMNS, VALUES))
+    )
+
+    def problem(self, scheme: QuantScheme) -> str | None:
+        return None
+
+    def layout(self, module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:
+        if scheme.kind in OF_BITSANDBYTES:
+            return [
+                *BLOCKWISE.layout(module, scheme, shape, scale_dtype),
+                *inputs_of(module, scheme, scale_dtype),
+            ]
+        return [
+            *INTEGERS.layout(module, scheme, shape, scale_dtype),
+            *_outliers_of(module, scheme, shape, scale_dtype),
+        ]
+
+    def pack(self, module: str, weight: QTensor, dtype: str = "BF16") -> dict[str, Tensor]:
+        import torch
+
+        if weight.scheme.kind in OF_BITSANDBYTES:
+            inputs = {module + part: tensor for part, tensor in pack_input(weight).items()}
+            return BLOCKWISE.pack(module, weight, dtype) | inputs
+        tensors = INTEGERS.pack(module, weight, dtype)
+        if weight.outliers is not None:
+            index = torch.uint16 if _fits_16_bits(weight.codes.shape[1]) else torch.int32
+            tensors[module + ROW_ENDS] = weight.outliers.row_ends
+            tensors[module + COLUMNS] = weight.outliers.columns.to(index)
+            tensors[module + VALUES] = weight.outliers.values
+        return tensors
+
+    def unpack(self, module: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> QTensor:
+        import torch
+
+        from qtool.numerics.grid import Outliers
+
+        if scheme.kind in OF_BITSANDBYTES:
+            weight = BLOCKWISE.unpack(module, tensors, scheme)
+            return replace(weight, input_scale=unpack_input(module, tensors, scheme))
+        weight = INTEGERS.unpack(module, tensors, scheme)
+        if not scheme.outliers:
+            return weight
+        shape = tuple(weight.codes.shape)
+        check_shapes(tensors, shape, _outliers_of(module, scheme, shape, ANY_FLOAT))
+        ends, columns, values = (tensors[module + part] for part in (ROW_ENDS, COLUMNS, VALUES))
+        columns = columns.to(torch.int32)
+        in_order = ends[0] == 0 and ends[-1] == len(columns) and bool((ends.diff() >= 0).all())
+        if not in_order or bool((columns < 0).any() | (columns >= shape[1]).any()):
+            raise QtoolError(f"`{module}` has outliers outside of its {shape[0]} rows of {shape[1]} weights")
+        return replace(weight, outliers=Outliers(ends, columns, values))
+
+    def config(
+        self,
+        schemes: dict[str, QuantScheme],
+        left_alone: list[str],
+        kv: ActivationScheme | None = None,
+        dtype: str = "BF16",
+    ) -> dict[str, Any]:
+        return {
+            "quant_method": self.name,
+            "version": VERSION,
+            "schemes": {str(scheme): targets for scheme, targets in by_scheme(schemes).items()},
+            "ignore": left_alone,
+            "kv": kv and str(kv),
+        }
+
+    def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
+        config = checkpoint.config["quantization_config"]
+        if config.get("version") != VERSION:
+            raise QtoolError(
+                f"{checkpoint.path} is version {config.get('version')} of this format; version {VERSION} is read",
+                "use a newer qtool",
+            )
+        groups = [(targets, QuantScheme.parse(text)) for text, targets in config.get("schemes", {}).items()]
+        ours = [n.removesuffix(part) for n in checkpoint.tensors for part in (SCB, STATE) if n.endswith(part)]
+        found: dict[str, tuple[QuantScheme, tuple[int, ...]]] = {}
+        for module in dict.fromkeys([*quantized_modules(checkpoint), *ours]):
+            scheme = match(module, groups)
+            if scheme is None:
+                raise QtoolError(f"no scheme in the quantization_config of {checkpoint.path} covers `{module}`")
+            if scheme.kind in OF_BITSANDBYTES:
+                _, shape = BLOCKWISE.stored(checkpoint, module, scheme)
+                further = inputs_of(module, scheme, ANY_FLOAT)
+            else:
+                shape = stored_shape(checkpoint, module, scheme)
+                further = _outliers_of(module, scheme, shape, ANY_FLOAT)
+            check_headers(checkpoint, scheme, shape, further)
+            found[module] = (scheme, shape)
+        return found
+
+    def kv_of(self, config: dict[str, Any]) -> ActivationScheme | None:
+        text = config["quantization_config"].get("kv")
+        return ActivationScheme.parse(text, "of keys and values") if text else None
+
+    def readers(self, scheme: QuantScheme) -> str:
+        return "qtool"
+
+
+def _outliers_of(module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:
+    if not scheme.outliers:
+        return []
+    count = scheme.outlier_count(shape)
+    return [
+        TensorInfo(module + ROW_ENDS, "I32", (shape[0] + 1,)),
+        TensorInfo(module + COLUMNS, "U16" if _fits_16_bits(shape[1]) else "I32", (count,)),
+        TensorInfo(module + VALUES, scale_dtype, (count,)),
+    ]
+
+
+def _fits_16_bits(inputs: int) -> bool:
+    return inputs <= 2**16

@@ -1,0 +1,1 @@
+"""Running what was packed: rounding of inputs, keys and values."""

@@ -1,0 +1,1 @@
+"""Solving a plan unit by unit: measuring, transforming, rounding, packing."""

@@ -1,0 +1,140 @@
+"""Every unit of a plan: tensor by tensor where no statistics are wanted, else block by block.
+
+In each block what the transforms ask for is measured, they change the weights, and the method rounds them. A
+finished unit is packed, written and recorded before the next begins. An interrupted run puts the finished
+blocks' written weights back and lets the rows advance through them, so that it ends with the same bytes as
+an undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qtool.calibration.rows import Rows
+from qtool.calibration.stats import CROSS
+from qtool.calibration.tokens import Tokenizer, TokenRows, calibration_rows, too_little_data
+from qtool.checkpoint.writer import StagedOutput
+from qtool.errors import QtoolError
+from qtool.job import Job
+from qtool.models.architectures import LLAMA
+from qtool.models.blockwise import BlockModel
+from qtool.parameters import Parameters
+from qtool.plan import Unit
+from qtool.report.model import Stopwatch
+from qtool.solving.record import UnitRecord
+from qtool.solving.unit import UnitWork
+from qtool.transforms import BiasTransform, ScaleTransform
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
+
+
+class Solver:
+    """Fills a staged output. `rows` are the calibration rows, once there are any; `notes` what a person should know."""
+
+    def __init__(
+        self, job: Job, staged: StagedOutput, device: torch.device, progress: Progress, watch: Stopwatch
+    ) -> None:
+        self.job, self.staged, self.device, self.progress, self.watch = job, staged, device, progress, watch
+        self.architecture = job.architecture or LLAMA
+        self.scalings = [t for t in job.transforms if isinstance(t, ScaleTransform)]
+        self.biasings = [t for t in job.transforms if isinstance(t, BiasTransform)]
+        self.notes: list[str] = []
+        self.rows: TokenRows | None = None
+
+    def run(self, batch_tokens: int) -> None:
+        """Every unit that is not done."""
+        undone = [unit for unit in self.job.plan.units if unit.name not in self.staged.done]
+        wanted = {unit.name for unit in undone if unit.linears} if self.job.needs_data else set()
+        if wanted:
+            self._run_blocks(wanted, batch_tokens)
+        if self.job.stats and self.job.follows_rounding:
+            self.notes.append(
+                f"{self.job.recipe.method} worked with saved statistics, which are those of the float model: "
+                "with data each block sees the errors of the blocks before it"
+            )
+        for unit in undone:  # only now: the model and its rows are out of memory
+            if unit.name not in wanted:
+                self._solve_alone(unit)
+
+    def data_record(self) -> dict[str, Any] | None:
+        """What the calibration data was; None when none was used in this run."""
+        if self.job.stats:
+            return self.job.stats.data_record()
+        if self.rows is None:
+            return None
+        return {"source": self.rows.source, "rows": len(self.rows.rows), "tokens": self.rows.tokens,
+                "sha256": self.rows.sha256}  # fmt: skip
+
+    def _solve_alone(self, unit: Unit) -> None:
+        """A unit whose statistics, if any, were saved."""
+        parameters = self._parameters(unit, {})
+        record = UnitRecord(self, unit)
+        stats = self.job.stats if unit.linears else None
+        work = UnitWork(self, unit, parameters, record)
+        if stats:
+            with self.watch.stage("read"):
+                wanted = self.job.wanted
+                for group in work.groups:
+                    name = parameters.full(group[0])
+                    work.moments[group[0]] = stats.stats(name, wanted, self.device).moments(name)
+                if self.job.kv:
+                    work.set_kv(*stats.kv(unit.name))
+            work.transform()
+        for group in work.groups:
+            work.solve(group)
+        work.finish()
+
+    def _run_blocks(self, wanted: set[str], batch_tokens: int) -> None:
+        """The units named `wanted`; the rows go through the blocks before them as they were written."""
+        job = self.job
+        with self.watch.stage("calibrate"):
+            model = BlockModel(job.checkpoint.root, job.source, self.device)
+            tokenizer = Tokenizer(job.checkpoint.root, model.config.vocab_size)
+            self.rows = calibration_rows(job.recipe.data, tokenizer, model.context)
+            self._check_amount(self.rows)
+            rows = Rows(model, self.rows, batch_tokens, cross=CROSS in job.wanted)
+        units = {unit.name: unit for unit in job.plan.units}
+        names = [model.block_name(index) for index in range(len(model.blocks))]
+        beyond = sorted(wanted - set(names))
+        if beyond:
+            raise QtoolError(f"the checkpoint has weights of `{beyond[0]}`, but config.json only {len(names)} blocks")
+        last = max(index for index, name in enumerate(names) if name in wanted)
+        for index in range(last + 1):
+            with model.block(index) as block:
+                self._run_block(block, units[names[index]], rows, index, wanted, is_last=index == last)
+
+    def _run_block(self, block: nn.Module, unit: Unit, rows: Rows, index: int, wanted: set[str], is_last: bool) -> None:
+        loaded = {f"{unit.name}.{name}": parameter for name, parameter in block.named_parameters()}
+        work = UnitWork(self, unit, self._parameters(unit, loaded), UnitRecord(self, unit))
+        rows.enter(index)
+        if unit.name in wanted:
+            if self.job.follows_rounding:
+                work.follow(block, rows)
+            else:
+                work.measure(block, rows, advance=not is_last)
+                work.transform()
+                for group in work.groups:
+                    work.solve(group)
+            work.finish()
+        elif self.job.follows_rounding:
+            if CROSS in self.job.wanted:
+                rows.split(block)
+            work.put_back()
+        if not is_last and (self.job.follows_rounding or unit.name not in wanted):
+            with self.watch.stage("calibrate"):
+                rows.leave(block, work.rounded, work.cache)
+
+    def _parameters(self, unit: Unit, loaded: Mapping[str, Tensor]) -> Parameters:
+        return Parameters(unit, self.job.source, self.device, self.architecture.transposed, loaded)
+
+    def _check_amount(self, rows: TokenRows) -> None:
+        widest = max(linear.shape[1] for linear in self.job.plan.linears)
+        note = too_little_data(rows.tokens, widest, len(rows.rows[0]))
+        if note:
+            self.notes.append(note)

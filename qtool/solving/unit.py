@@ -1,0 +1,210 @@
+"""The work on one unit: its statistics, its transforms, its linears.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qtool.calibration.rows import Rows
+from qtool.calibration.stats import CROSS, SECOND, VECTORS, Moments
+from qtool.checkpoint.reader import Checkpoint
+from qtool.headers import scale_dtype
+from qtool.job import KV_PARTS
+from qtool.methods import Solution
+from qtool.numerics.activations import static_scale
+from qtool.numerics.grid import Grid, grid_of, stackable
+from qtool.parameters import TORCH_DTYPES, Parameters
+from qtool.plan import Linear, Unit
+from qtool.report.model import LayerRecord
+from qtool.runtime.kv import KVCache
+from qtool.scheme import ActivationScheme
+from qtool.solving.compare import Errors, compare
+from qtool.solving.record import UnitRecord, read_back
+from qtool.transforms.fold import fold, sharing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qtool.solving.solver import Solver
+
+
+class UnitWork:
+    """The work on one unit: its statistics, its transforms, its linears."""
+
+    def __init__(self, solver: Solver, unit: Unit, parameters: Parameters, record: UnitRecord) -> None:
+        self.solver, self.job, self.unit, self.parameters, self.record = solver, solver.job, unit, parameters, record
+        self.linears = {linear.module.removeprefix(unit.name + "."): linear for linear in unit.linears}
+        inputs = [source for source in solver.architecture.inputs if source.linears[0] in self.linears]
+        self.sources = {source.linears[0]: source for source in inputs} if self.job.architecture else {}
+        self.groups = self._groups()
+        self.moments: dict[str, Moments] = {}  # by the first linear of each input
+        self.scaled: dict[str, list[str]] = {}  # what the transforms did, likewise
+        self.rounded: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
+        self.cache: KVCache | None = None
+
+    def measure(self, block: nn.Module, rows: Rows, advance: bool = False) -> None:
+        """The statistics of all inputs, and the ranges of keys and values, with the block as it is."""
+        with self.solver.watch.stage("calibrate"):
+            ranges = KVCache.recording() if self.job.kv else None
+            wanted = self.job.wanted - {CROSS}
+            stats = rows.measure(block, [group[0] for group in self.groups], wanted, cache=ranges, advance=advance)
+            for name in list(stats) if wanted & {VECTORS, SECOND} else ():
+                self.moments[name] = stats.pop(name).moments(self.parameters.full(name))
+            if ranges:
+                self.set_kv(*ranges.absmax())
+
+    def follow(self, block: nn.Module, rows: Rows) -> None:
+        """Measure and solve while the block sees the rounding of everything before it."""
+        cross = CROSS in self.job.wanted
+        first_look = self.job.wanted - {SECOND, CROSS} or self.solver.scalings
+        if first_look or not cross:
+            self.measure(block, rows)
+            self.transform()
+        if cross:  # each input is measured after the linears before it were solved
+            rows.split(block)
+            first_moments, self.moments = self.moments, {}
+            for group in self.groups:
+                name = group[0]
+                scale = self._input_scale(name, first_moments.get(name))
+                activations = self.linears[name].scheme.activations
+                rounded = {**self.rounded, **({name: (activations, scale)} if activations else {})}
+                with self.solver.watch.stage("calibrate"):
+                    stats = rows.measure(block, [name], {SECOND, CROSS}, rounded, self.cache)
+                moments = stats[name].moments(self.parameters.full(name))
+                if name in first_moments:
+                    moments = replace(moments, vectors=first_moments[name].vectors)
+                self.moments[name] = moments
+                self.solve(group)
+        else:
+            for group in self.groups:
+                self.solve(group)
+
+    def transform(self) -> None:
+        """Let every transform scale every input that it can."""
+        for scaling in self.solver.scalings:
+            for name, source in self.sources.items():
+                if source.producer is None:
+                    self.scaled.setdefault(name, []).append("no transform: nothing to fold scales into")
+                    continue
+                with self.solver.watch.stage("transform"):
+                    share_I = sharing(self.parameters, source, self.job.checkpoint.config)
+                    weights = [self.parameters.weight(self.parameters.full(x)) for x in source.linears]
+                    grid = self._grid(self.linears[name])
+                    found = scaling.scales(weights, grid, self.moments[name], share_I, norm=share_I is None)
+                    if found:
+                        scale_I = fold(self.parameters, source, found.scale_I, self.solver.architecture, share_I)
+                        self.moments[name] = self.moments[name].divided(scale_I)
+                    self.scaled.setdefault(name, []).append(found.note if found else "left as it was")
+
+    def solve(self, group: list[str]) -> None:
+        """The linears of one input."""
+        moments = self.moments.pop(group[0], None)
+        scheme = self.linears[group[0]].scheme
+        parts = [list(group)] if stackable(scheme) else [[name] for name in group]
+        scale = self._input_scale(group[0], moments)
+        for part in parts:
+            self._solve(part, moments, scale, self.scaled.get(group[0], []))
+        if scheme.activations:
+            self.rounded.update(dict.fromkeys(group, (scheme.activations, scale)))
+
+    def _solve(self, part: list[str], moments: Moments | None, input_scale: Tensor | None, notes: list[str]) -> None:
+        """Solve linears of one scheme and one input, stacked along their rows; the weight is dequantized in place."""
+        start = time.perf_counter()
+        watch, linears = self.solver.watch, [self.linears[name] for name in part]
+        with watch.stage("read"):
+            weight_OI = self.parameters.stacked([linear.module for linear in linears])
+        rows = [linear.shape[0] for linear in linears]
+        with watch.stage("solve"):
+            solution = self.job.method.solve(weight_OI, self._grid(linears[0]), moments)
+            parts = solution.weight.split(rows) if len(rows) > 1 else [solution.weight]
+        wall_s = (time.perf_counter() - start) / len(weight_OI)
+        for linear, solved, weight in zip(linears, parts, weight_OI.split(rows), strict=True):
+            with watch.stage("measure"):
+                new = solved.dequantize()
+                errors = compare(weight, new, moments.second_II if moments else None)
+                if moments:
+                    self._shift_bias(linear.module, weight, new, moments)
+                weight.copy_(new)
+            record = _layer_record(linear, errors, wall_s * linear.shape[0], solution, notes)
+            self.record.add(linear, replace(solved, input_scale=input_scale), record)
+            if not self.job.wanted:
+                self.parameters.drop(linear.module)
+
+    def _shift_bias(self, module: str, weight_OI: Tensor, new_OI: Tensor, moments: Moments) -> None:
+        name = f"{module}.bias"
+        for biasing in self.solver.biasings:
+            if name in self.parameters:
+                shifted = self.parameters[name] + biasing.shift(weight_OI - new_OI, moments)
+                self.parameters.change(name, self.parameters.as_stored(name, shifted))
+
+    def _input_scale(self, name: str, moments: Moments | None) -> Tensor | None:
+        """The fixed scale of an input, as it is stored, [1]."""
+        linear = self.linears[name]
+        activations = linear.scheme.activations
+        if activations is None or not activations.is_static:
+            return None
+        assert moments is not None
+        assert moments.vectors is not None
+        scale = static_scale(moments.vectors.absmax_I.amax().reshape(1), activations)
+        return scale if activations.kind == "nvfp4" else scale.to(self._grid(linear).scale_dtype)
+
+    def set_kv(self, k_absmax: Tensor, v_absmax: Tensor) -> None:
+        """The scales of keys and values from their largest magnitudes."""
+        assert self.job.kv
+        scales = {}
+        for part, absmax in zip(KV_PARTS, (k_absmax, v_absmax), strict=True):
+            info = next(info for info in self.unit.added if info.name.endswith(part))
+            scales[part] = static_scale(absmax.reshape(1), self.job.kv).to(TORCH_DTYPES[info.dtype])
+            self.record.write(info.name, scales[part])
+        self.cache = KVCache(self.job.kv, *(scale.float() for scale in scales.values()))
+
+    def put_back(self) -> None:
+        """The written tensors of a finished unit back into its block."""
+        written = Checkpoint(self.solver.staged.folder)
+        for linear in self.unit.linears:
+            solved = read_back(written, self.job, linear)
+            self.parameters.weight(linear.module).copy_(solved.dequantize())
+            if linear.scheme.activations:
+                scale = None if solved.input_scale is None else solved.input_scale.float()
+                self.rounded[linear.module.removeprefix(self.unit.name + ".")] = linear.scheme.activations, scale
+        for name in self.solver.staged.done[self.unit.name]["changed"]:
+            self.parameters[name].copy_(written.read(name))
+        if self.job.kv:
+            scales = [written.read(info.name).float() for info in self.unit.added]
+            self.cache = KVCache(self.job.kv, *scales)
+
+    def finish(self) -> None:
+        self.record.finish(self.parameters)
+
+    def _grid(self, linear: Linear) -> Grid:
+        return grid_of(linear.scheme, TORCH_DTYPES[scale_dtype(linear.source.dtype)])
+
+    def _groups(self) -> list[list[str]]:
+        """The quantized linears by input; each alone where nothing is known of the model, or where memory counts."""
+        if self.job.wanted:
+            return [list(source.linears) for source in self.sources.values()]
+        together = [list(group) for group in self.solver.architecture.fused() if group[0] in self.linears]
+        together = [group for group in together if self.linears[group[0]].scheme.kind == "nvfp4"]
+        grouped = {name for group in together for name in group}
+        return [*together, *([name] for name in self.linears if name not in grouped)]
+
+
+def _layer_record(
+    linear: Linear, errors: Errors, wall_s: float, solution: Solution, transforms: Iterable[str]
+) -> LayerRecord:
+    return LayerRecord(
+        module=linear.module,
+        scheme=str(linear.scheme),
+        shape=linear.shape,
+        bits_per_weight=linear.scheme.bits_per_weight(linear.shape),
+        weight_error=errors.weight,
+        output_error=errors.output,
+        wall_s=wall_s,
+        notes=tuple(solution.notes),
+        transforms=tuple(transforms),
+    )
