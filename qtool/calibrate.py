@@ -23,7 +23,7 @@ from qtool.calibration.saved import (
     content_sha256,
     tensors_of,
 )
-from qtool.calibration.texts import check_source
+from qtool.calibration.texts import SELF, check_source
 from qtool.checkpoint.existing import check_apart, check_replaceable, check_same, read_manifest
 from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint, sha256_file
@@ -54,7 +54,7 @@ def prepare(model: str, data: DataSpec, hessians: bool, format: str) -> FromMode
         from qtool.calibration.imatrix import check_architecture
 
         check_architecture(checkpoint.config["model_type"])
-    _check_data(data)
+    check_source(data, calibrating=True)
     blocks = _blocks(source, architecture)
     return FromModel(model, checkpoint, source, architecture, blocks, data, hessians, format)
 
@@ -107,7 +107,7 @@ def describe(work: FromModel | Merge) -> dict[str, Any]:
     widths = [source.features for source in next(iter(work.blocks.values()))]
     moments = sum(n * n for n in widths) if work.hessians else 0
     hidden = tokens * int(config.get("hidden_size") or config.get("n_embd") or 0)
-    everything = 4 * sum(map(prod, shapes.values())) if work.data.source == "self" else 0
+    everything = 4 * sum(map(prod, shapes.values())) if work.data.source == SELF else 0
     flop = 2 * tokens * (sum(of_block) + moments * len(work.blocks))
     return {
         "model": work.model,
@@ -277,12 +277,3 @@ def _check_format(format: str, hessians: bool) -> None:
         raise UsageError(
             "an imatrix has no second moments", "leave --hessians out, or write statistics without --format"
         )
-
-
-def _check_data(data: DataSpec) -> None:
-    if data.source == "self":
-        from qtool.calibration.self_data import check_self
-
-        check_self(data)
-    else:
-        check_source(data)

@@ -77,7 +77,7 @@ class FromModel:
         tokenizer = [name for name in found if name not in self.checkpoint.files]
         files = self.checkpoint.identity(cached, tokenizer)
         sha256 = {file.name: file.sha256 for file in files}
-        data = {str(path): sha256_file(path) for path in local_files(self.data)} if self.data.source != "self" else {}
+        data = {str(path): sha256_file(path) for path in local_files(self.data)}
         if self.data.source in BUILT_IN:
             data = {self.data.source: f"of Python {platform.python_version()}"}
         identity = {

@@ -12,7 +12,7 @@ from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import UsageError
 from qtool.estimate import estimate
-from qtool.formats import Format, format_for, get_format
+from qtool.formats import FORMATS, Format, format_for, get_format
 from qtool.formats.weights import Source, Weights
 from qtool.headers import TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
@@ -66,12 +66,20 @@ class Job:
         """
         return bool(self.method.needs)
 
+    def quantization_config(self) -> dict[str, Any]:
+        """config.json's entry. Raises UsageError for what one checkpoint of the format cannot hold together."""
+        schemes = {linear.module: linear.scheme for linear in self.plan.linears}
+        matrices = [k.source.name for k in self.plan.kept if len(k.source.shape) >= 2]
+        left = {name.removesuffix(".weight") for name in matrices}
+        head = (self.architecture or LLAMA).head  # a tied one is in no file
+        left_alone = sorted(left | ({head} - schemes.keys()))
+        return self.format.config(schemes, left_alone, self.kv, self.plan.linears[0].source.dtype)
+
 
 def prepare(model: str, recipe: Recipe) -> Job:
     """The job, or a UsageError with everything that is wrong with it. Reads headers only."""
     method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
     transforms = tuple(get_transform(name, recipe.options.get(name, {})) for name in recipe.transforms)
-    format = get_format(_format_name(recipe))
     checkpoint = Checkpoint(locate(model))
     source: Source = Weights(checkpoint)
     if source.format:
@@ -79,9 +87,13 @@ def prepare(model: str, recipe: Recipe) -> Job:
     schemes = [QuantScheme.parse(text) for text in (recipe.scheme, *recipe.layers.values())]
     wanted = _wanted(recipe, method, transforms, schemes)
     architecture = _architecture(checkpoint, recipe, bool(wanted), bool(transforms))
+    known = architecture or LLAMA  # names of fused linears are much the same everywhere
+    format = get_format(_format_name(recipe, known))
     stats = _saved_stats(recipe, checkpoint, wanted)
-    for spec in [*([recipe.data] if wanted and not stats else []), *([recipe.eval.data] if recipe.eval else [])]:
-        check_source(spec)
+    if wanted and not stats:
+        check_source(recipe.data, calibrating=True)
+    if recipe.eval:
+        check_source(recipe.eval.data)
     changes: dict[str, Any] = {}
     for name, transform in zip(recipe.transforms, transforms, strict=True):
         if isinstance(transform, SourceTransform):
@@ -95,7 +107,6 @@ def prepare(model: str, recipe: Recipe) -> Job:
             assert architecture
             source = transform.wrap(source, architecture, checkpoint.config)
             changes.update(source.config_changes)
-    known = architecture or LLAMA  # names of fused linears are much the same everywhere
     solvable = architecture.is_block_linear if architecture and wanted else None
     plan = make_plan(
         {**checkpoint.tensors},
@@ -103,13 +114,13 @@ def prepare(model: str, recipe: Recipe) -> Job:
         format.layout,
         known.fused(),
         solvable,
-        storable=format.problem,
+        storable=lambda scheme: _problem(format, scheme, known),
         transposed=known.is_block_linear if known.transposed else None,
         added=[*source.added, *_kv_scales(checkpoint, recipe, architecture)],
     )
-    return Job(
-        model, checkpoint, source, recipe, method, transforms, format, plan, architecture, stats, config_changes=changes
-    )
+    job = Job(model, checkpoint, source, recipe, method, transforms, format, plan, architecture, stats, changes)
+    job.quantization_config()
+    return job
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -157,12 +168,18 @@ def _wanted(recipe: Recipe, method: Method, transforms: tuple[Transform, ...], s
     return frozenset(wanted | ({"kv"} if recipe.kv else set()))
 
 
-def _format_name(recipe: Recipe) -> str:
+def _format_name(recipe: Recipe, architecture: Architecture) -> str:
     """The format asked for, or the one that stores the scheme whose demands are the most unusual."""
     if recipe.format != "auto":
         return recipe.format
-    names = [format_for(QuantScheme.parse(text)) for text in (recipe.scheme, *recipe.layers.values())]
-    return next((name for name in names if name != "compressed-tensors"), "compressed-tensors")
+    schemes = [QuantScheme.parse(text) for text in (recipe.scheme, *recipe.layers.values())]
+    return max((format_for(scheme, architecture.transposed) for scheme in schemes), key=list(FORMATS).index)
+
+
+def _problem(format: Format, scheme: QuantScheme, architecture: Architecture) -> str | None:
+    if architecture.transposed and not format.takes_transposed:
+        return f"its linears store their weight [in, out], which readers of {format.name} do not know"
+    return format.problem(scheme)
 
 
 def _architecture(checkpoint: Checkpoint, recipe: Recipe, data: bool, transforms: bool) -> Architecture | None:

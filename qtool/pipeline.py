@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qtool import __version__
 from qtool.calibration.texts import BUILT_IN, local_files
+from qtool.checkpoint.existing import check_apart, check_replaceable, check_same, read_manifest
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
-from qtool.checkpoint.writer import MANIFEST, StagedOutput, partial_path, replaced_path, write_json
-from qtool.errors import QtoolError, ReadError, UsageError
+from qtool.checkpoint.writer import MANIFEST, StagedOutput, write_json
+from qtool.errors import QtoolError, ReadError
 from qtool.job import Job, readers
 from qtool.memory import return_freed_memory
-from qtool.plan import Plan
 from qtool.recipe import Recipe, to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
-from qtool.scheme import QuantScheme
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
 OWN_FILES = {MANIFEST, "config.json", "quantize_config.json"}
@@ -44,15 +42,17 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     watch = Stopwatch()
     typed, out = out, Path(os.path.realpath(out))
     return_freed_memory()
-    known = _manifest(out) or {}
-    _check_replaceable(typed, known, job.checkpoint.root)
+    known = read_manifest(out) or {}
+    check_apart(typed, job.checkpoint.root)
+    check_replaceable(typed, known)
     with watch.stage("identify"):
         progress("identify", 0, 1, str(job.checkpoint.path))
         files = [FileIdentity(**file) for file in known.get("source_files", [])]
         source = job.checkpoint.identity(files, [path.name for path in _rest_of_files(job.checkpoint)])
         identity = _identity(job, source)
     if known and not options.force:
-        report = _existing(typed, known, identity)
+        check_same(typed, known, identity)
+        report = Report.from_tree(known["report"])
         if job.recipe.eval and known.get("evaluation_recipe") != _evaluation_tree(job.recipe):
             _evaluate(job, out, report, options, progress, watch)
             newer = {**known, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
@@ -73,7 +73,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
             staged.discard()
         raise
     with watch.stage("verify"):
-        entry = job.format.config(*_modules(job.plan), job.kv)
+        entry = job.quantization_config()
         config = {**job.checkpoint.config, **job.config_changes, "quantization_config": entry}
         write_json(staged.folder / "config.json", config)
         staged.write_index()
@@ -121,70 +121,6 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     return {"qtool": __version__, "recipe": recipe, "source": weights, "data_files": data}
 
 
-def _check_replaceable(out: Path, manifest: Mapping[str, Any], source: Path) -> None:
-    """Raises UsageError when OUT is the source, or holds something that even --force must not throw away."""
-    here, there = out.resolve(), source.resolve()
-    for ours in (here, partial_path(here), replaced_path(here)):
-        if ours == there or ours in there.parents:
-            raise UsageError(
-                f"{out if ours == here else ours} is where the model itself is", "give another folder with -o/--output"
-            )
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder", "give another -o/--output")
-    own = {MANIFEST, *(file["name"] for file in manifest.get("files", []))}
-    others = sorted(path.name for path in out.iterdir() if path.name not in own)
-    if others:
-        raise UsageError(
-            f"{out} holds what qtool did not write there, such as {others[0]}",
-            "give another -o/--output, or move it away",
-        )
-
-
-def _manifest(out: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and "identity" in manifest else None
-
-
-def _existing(out: Path, manifest: Mapping[str, Any], identity: dict[str, Any]) -> Report:
-    """The report of an output that is there already. Raises UsageError unless it is this very run's."""
-    difference = _difference(manifest["identity"], identity)
-    if difference:
-        raise UsageError(
-            f"{out} was made otherwise: {difference}", "give another -o/--output, or replace it with --force"
-        )
-    for file in manifest["files"]:
-        path = out / file["name"]
-        if not path.is_file() or path.stat().st_size != file["size_bytes"]:
-            raise UsageError(
-                f"{out} is damaged: {file['name']} is missing or has changed", "make it again with --force"
-            )
-    return Report.from_tree(manifest["report"])
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first key in which two identities differ, with both values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in dict.fromkeys([*new, *old]):
-            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-            if found:
-                return found
-        return ""
-    return "" if old == new else f"{path} was `{old}` and is now `{new}`"
-
-
-def _modules(plan: Plan) -> tuple[dict[str, QuantScheme], list[str]]:
-    """The quantized modules with their schemes, and the modules that a reader must not expect to be quantized."""
-    schemes = {linear.module: linear.scheme for linear in plan.linears}
-    matrices = [k.source.name for k in plan.kept if len(k.source.shape) >= 2]
-    left = {name.removesuffix(".weight") for name in matrices}
-    return schemes, sorted(left | ({"lm_head"} - schemes.keys()))  # a tied head is in no file
-
-
 def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:
     """Tokenizer, generation config, licence and whatever else stands beside the weights."""
     if checkpoint.path.is_file():
@@ -221,6 +157,10 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
     ]
     unasked = [k for k in job.plan.kept if not k.asked]
     notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
+    on_disk = job.plan.bits_on_disk
+    in_bytes = [x.scheme for x in job.plan.linears if x.scheme.kind == "int" and x.scheme.bits < 8 < on_disk]
+    if in_bytes:
+        notes.append(f"{on_disk:.3f} bits per weight on disk: readers of {in_bytes[0]} want every code in a byte")
     return Report(
         model=job.model,
         output=str(out),

@@ -81,11 +81,16 @@ class Plan:
         return sum(info.size_bytes for info in self.outputs.values())
 
     @property
+    def bits_on_disk(self) -> float:
+        """The same as `bits_per_weight` with all that the format adds, such as padding."""
+        others = {kept.source.name for kept in self.kept} | {info.name for unit in self.units for info in unit.added}
+        size_bytes = sum(info.size_bytes for name, info in self.outputs.items() if name not in others)
+        return 8 * size_bytes / sum(prod(linear.shape) for linear in self.linears)
+
+    @property
     def bits_per_weight(self) -> float:
         """Of the quantized weights, scales and zeros included."""
-        return sum(linear.size_bits for linear in self.linears) / sum(
-            prod(linear.shape) for linear in self.linears
-        )
+        return sum(linear.size_bits for linear in self.linears) / sum(prod(linear.shape) for linear in self.linears)
 
 
 def make_plan(

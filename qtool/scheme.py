@@ -118,7 +118,7 @@ class QuantScheme:
         for extra in extras:
             if match := re.fullmatch(r"outliers-(\d+(?:\.\d*)?)%", extra):
                 scheme = replace(scheme, outliers=float(match[1]) / 100)
-            elif scheme.activations is not None:
+            elif scheme.activations is not None or scheme.kind in WITH_OWN_ACTIVATIONS:
                 raise UsageError(f"scheme `{text}` says twice how inputs are rounded", "leave one of them out")
             else:
                 scheme = replace(scheme, activations=ActivationScheme.parse(extra, text))
@@ -166,6 +166,9 @@ class QuantScheme:
             return f"{len(shape)}-D tensors are not supported"
         if self._columns and shape[1] % self._columns:
             return f"{shape[1]} inputs are not a multiple of {self._columns}"
+        group = self.activations.group_size if self.activations else None
+        if group and shape[1] % group:
+            return f"{shape[1]} inputs are not a multiple of {group}, over which their rounding shares a scale"
         return None
 
     def size_bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:

@@ -336,7 +336,7 @@ def test_dry_run_says_what_it_would_take(
         (["MODEL", "-o", "C.gguf", "--format", "imatrix", "--hessians"], "an imatrix has no second moments"),
         (["MODEL", "-o", "C", "--data", "./none.txt"], "no such file or folder: ./none.txt"),
         (["MODEL", "-o", "C", "--data", "self", "--column", "text"], "--column means nothing with `--data self`"),
-        (["MODEL", "-o", "MODEL"], "is where the source itself is"),
+        (["MODEL", "-o", "MODEL"], "is where the model itself is"),
         (["MODEL", "-o", "C", "--seqlen", "999"], "rows of 999 tokens do not fit the model: its context is 128"),
         (["OPT", "-o", "C.gguf", "--format", "imatrix"], "llama.cpp has no architecture `opt`"),
     ],
@@ -506,7 +506,7 @@ def test_two_halves_add_up_to_the_whole(make_model: Any, tmp_path: Path, calibra
     assert f"{parts[0]} is the same as {parts[0]}" in twice.err
     inside = calibrate("--merge", *parts, "-o", parts[0], "--force")
     assert inside.code == 2
-    assert "is where the source itself is" in inside.err
+    assert "is where the model itself is" in inside.err
 
 
 def test_only_what_belongs_together_is_added(

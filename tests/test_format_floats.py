@@ -164,7 +164,7 @@ def test_worked_examples_with_their_bits() -> None:
     def pack(text: str, codes: list[list[int]], params: GridParams, **others: Any) -> dict[str, Tensor]:
         weight = QTensor(torch.tensor(codes, dtype=torch.uint8), params, QuantScheme.parse(text), **others)
         format = FORMAT if FORMAT.problem(weight.scheme) is None else OWN
-        return {name.removeprefix("m."): tensor for name, tensor in format.pack("m", weight).items()}
+        return {name.removeprefix("m.").removeprefix("qtool."): t for name, t in format.pack("m", weight).items()}
 
     two = torch.tensor([[2.0]], dtype=torch.bfloat16)
     # code 128 stands for 0
@@ -206,7 +206,7 @@ def test_worked_examples_with_their_bits() -> None:
     assert packed["outlier_columns"].tolist() == [1, 3]
     assert packed["outlier_values"].tolist() == [9.0, -8.0]
     scheme = QuantScheme.parse("int4-channel-sym+outliers-20%")
-    weight = OWN.unpack("m", {f"m.{n}": t for n, t in packed.items()}, scheme)
+    weight = OWN.unpack("m", {f"m.qtool.{n}": t for n, t in packed.items()}, scheme)
     assert weight.dequantize().tolist() == [[0.0] * 5, [1.0, 9.0, 1.0, -8.0, 1.0]]
 
 
@@ -214,7 +214,7 @@ def test_columns_of_outliers_that_16_bits_do_not_hold() -> None:
     scheme = QuantScheme.parse("int4-channel-sym+outliers-0.01%")
     for inputs, kind in ((2**16, "U16"), (2**16 + 1, "I32")):
         layout = {t.name: t for t in OWN.layout("m", scheme, (2, inputs), "BF16")}
-        assert (layout["m.outlier_columns"].dtype, layout["m.outlier_columns"].shape) == (kind, (13,))
+        assert (layout["m.qtool.outlier_columns"].dtype, layout["m.qtool.outlier_columns"].shape) == (kind, (13,))
         weight = any_qtensor(str(scheme), 2, inputs)
         assert weight.outliers is not None
         weight.outliers.columns[0] = 0
@@ -437,11 +437,11 @@ DAMAGES: dict[str, tuple[Format, str, Change, str]] = {
     "static tokens": (FORMAT, "w8a8", edit("input_activations", dynamic=False), "dynamic False"),
     "4-bit keys": (FORMAT, "w8a8", lambda t, c: c.update(kv_cache_scheme={"num_bits": 4, "type": "int",
                    "strategy": "tensor", "dynamic": False}), "keys and values of int4-tensor"),
-    "no outliers": (OWN, OUTLIERS, drop(f"{Q}.outlier_values"), f"{Q}.outlier_values"),
-    "fewer outliers": (OWN, OUTLIERS, put(f"{Q}.outlier_values", torch.ones(3)), f"{Q}.outlier_values"),
-    "outliers outside": (OWN, OUTLIERS, put(f"{Q}.outlier_columns", torch.full((122,), 256, dtype=torch.uint16)),
-                         f"{Q}` has outliers outside of its 16 rows of 256"),
-    "outliers in no order": (OWN, OUTLIERS, put(f"{Q}.outlier_row_ends", torch.arange(17).flip(0).int()), Q),
+    "no outliers": (OWN, OUTLIERS, drop(f"{Q}.qtool.outlier_values"), f"{Q}.qtool.outlier_values"),
+    "fewer outliers": (OWN, OUTLIERS, put(f"{Q}.qtool.outlier_values", torch.ones(3)), f"{Q}.qtool.outlier_values"),
+    "outliers outside": (OWN, OUTLIERS, put(f"{Q}.qtool.outlier_columns", torch.full((122,), 256, dtype=torch.uint16)),
+                         f"{Q}.qtool` has outliers outside of its 16 rows of 256"),
+    "outliers in no order": (OWN, OUTLIERS, put(f"{Q}.qtool.outlier_row_ends", torch.arange(17).flip(0).int()), Q),
     "no scheme": (OWN, "nf4", lambda t, c: c.update(schemes={}), "covers `model.layers"),
     "a newer version": (OWN, "nf4", lambda t, c: c.update(version=2), "version 2"),
 }  # fmt: skip

@@ -85,11 +85,13 @@ def test_transformers_computes_what_our_reader_computes(make_model, calibration_
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in ARCHITECTURES if k != "llama"])
 def test_every_architecture_goes_through_gptq_and_loads(make_model, calibration_text, tmp_path, kind):
-    pytest.importorskip("compressed_tensors")
+    transposed = ARCHITECTURES[kind].transposed  # those are loaded by bitsandbytes, which computes in bfloat16
+    pytest.importorskip("bitsandbytes" if transposed else "compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
-    report, _ = run(make_model(kind), out, recipe_tree(calibration_text))
+    scheme = "nf4" if transposed else "int4-g32-sym"
+    report, _ = run(make_model(kind), out, recipe_tree(calibration_text, scheme=scheme))
     assert len(report.layers) == 2 * len(ARCHITECTURES[kind].linears())
     tokens_BT = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(0))
     attention = ARCHITECTURES[kind].attention
@@ -97,7 +99,8 @@ def test_every_architecture_goes_through_gptq_and_loads(make_model, calibration_
     with torch.no_grad():
         expected = theirs(tokens_BT).logits
     difference = (our_logits(out, tokens_BT) - expected).abs()
-    assert difference.max() <= 1e-5 * expected.abs().max(), (difference.max(), difference.mean())
+    share = 4e-2 if transposed else 1e-5
+    assert difference.max() <= share * expected.abs().max(), (difference.max(), difference.mean())
 
 
 def test_layers_can_have_schemes_of_their_own(make_model, calibration_text, tmp_path):

@@ -18,25 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.calibration.texts import SELF, check_source
 from qtool.calibration.tokens import DEFAULT_ROWS, Tokenizer, TokenRows, calibration_rows, make_rows, row_length
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError
 from qtool.formats.weights import Weights
 from qtool.models.architectures import architecture_of
 from qtool.recipe import DataSpec
 
-SELF = "self"
 LIKELIEST = 4  # tokens after the first that are the most likely ones; 3 to 5 in the paper
 BATCH = 16  # rows at once: a constant, because float rounding in another batch would make other rows
 Progress = Callable[[str, int, int, str], None]
-
-
-def check_self(spec: DataSpec) -> None:
-    """Raises UsageError for options that mean nothing to rows that the model writes itself."""
-    given = {"--split": spec.split, "--column": spec.column, "--no-pack": not spec.pack}
-    for flag, value in given.items():
-        if spec.source == SELF and value:
-            raise UsageError(f"{flag} means nothing with `--data self`", f"leave {flag} out")
 
 
 def rows_of(
@@ -55,7 +47,7 @@ def self_rows(
 
     Raises QtoolError when the model does not fit into memory or does not give finite logits.
     """
-    check_self(spec)
+    check_source(spec, calibrating=True)
     model = _whole_model(root, device)
     length = row_length(spec, int(getattr(model.config, "max_position_embeddings", 0) or 2048))
     wanted = spec.rows or DEFAULT_ROWS

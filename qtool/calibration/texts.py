@@ -14,6 +14,7 @@ from qtool.errors import QtoolError, UsageError, unknown
 from qtool.recipe import DataSpec
 
 BUILT_IN = ("python-docs",)
+SELF = "self"  # rows that the model writes itself: `qtool.calibration.self_data`
 FILE_TYPES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
 Render = Callable[[list[dict[str, str]]], str]  # chat messages -> text
 
@@ -36,8 +37,18 @@ def read_texts(spec: DataSpec, split: str, render: Render) -> Iterator[str]:
         yield from _data_set(spec, split, render)
 
 
-def check_source(spec: DataSpec) -> None:
-    """Raises UsageError for a local file or folder that is not there; a data set id is only known when it is read."""
+def check_source(spec: DataSpec, calibrating: bool = False) -> None:
+    """Raises UsageError for a local file or folder that is not there, and for options that do not go with "self".
+
+    A data set id is only known when it is read.
+    """
+    if spec.source == SELF:
+        if not calibrating:
+            raise UsageError("rows that a model writes itself say nothing about its perplexity", "give a text")
+        for flag, value in {"--split": spec.split, "--column": spec.column, "--no-pack": not spec.pack}.items():
+            if value:
+                raise UsageError(f"{flag} means nothing with `--data self`", f"leave {flag} out")
+        return
     path = Path(spec.source).expanduser()
     if spec.source not in BUILT_IN and not path.exists() and _looks_local(spec.source):
         raise UsageError(f"no such file or folder: {spec.source}")
@@ -51,7 +62,7 @@ def is_local(spec: DataSpec) -> bool:
 def local_files(spec: DataSpec) -> list[Path]:
     """The files behind `spec`, none for a built-in name or a data set id."""
     path = Path(spec.source).expanduser()
-    if spec.source in BUILT_IN:
+    if spec.source in (*BUILT_IN, SELF):
         return []
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.suffix in FILE_TYPES)

@@ -26,7 +26,7 @@ def check_apart(out: Path, source: Path) -> None:
     for ours in (here, partial_path(here), replaced_path(here)):
         if ours == there or ours in there.parents:
             raise UsageError(
-                f"{out if ours == here else ours} is where the source itself is", "give another folder with -o/--output"
+                f"{out if ours == here else ours} is where the model itself is", "give another folder with -o/--output"
             )
 
 

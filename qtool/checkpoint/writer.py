@@ -178,7 +178,8 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as safetensors stores them, without a copy where it is on the CPU already."""
     import torch
 
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    # reshaped first: a tensor of one element counts as contiguous whatever its strides are
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -31,11 +31,13 @@ class Format(Protocol):
     """What the pipeline and the readers ask of a format.
 
     `name` is its key in the table and the `quant_method` of its checkpoints; `parts` are the endings that the
-    tensors of a quantized module may have.
+    tensors of a quantized module may have. `takes_transposed`: its readers know linears that store their weight
+    [in, out], such as GPT-2's.
     """
 
     name: str
     parts: tuple[str, ...]
+    takes_transposed: bool
 
     def problem(self, scheme: QuantScheme) -> str | None:
         """Why this format cannot store the scheme, or None."""
@@ -86,6 +88,10 @@ def get_format(name: str) -> Format:
     return getattr(import_module(module), cls)()
 
 
-def format_for(scheme: QuantScheme) -> str:
-    """The format that a scheme is usually stored in: the first of the table that can."""
-    return next(name for name in FORMATS if get_format(name).problem(scheme) is None)
+def format_for(scheme: QuantScheme, transposed: bool = False) -> str:
+    """The format that a scheme is usually stored in: the first of the table that can.
+
+    `transposed`: the linears of the model store their weight [in, out], which only some readers know.
+    """
+    candidates = [name for name in FORMATS if get_format(name).takes_transposed or not transposed]
+    return next(name for name in candidates if get_format(name).problem(scheme) is None)

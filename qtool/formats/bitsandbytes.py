@@ -41,6 +41,7 @@ class BitsAndBytes:
     """The format's entry in the table; see `qtool.formats.Format`."""
 
     name = "bitsandbytes"
+    takes_transposed = True
     parts: tuple[str, ...] = (WEIGHT, SCB, WEIGHT_FORMAT, ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_MAP, STATE)
 
     def problem(self, scheme: QuantScheme) -> str | None:

@@ -50,6 +50,7 @@ class CompressedTensors:
     """The format's entry in the table; see `qtool.formats.Format`."""
 
     name = "compressed-tensors"
+    takes_transposed = False
     parts: tuple[str, ...] = (WEIGHT, PACKED, SCALE, ZERO, SHAPE, GLOBAL_SCALE, INPUT_SCALE, INPUT_GLOBAL_SCALE)
 
     def problem(self, scheme: QuantScheme) -> str | None:

@@ -1,6 +1,8 @@
-"""The format "qtool": every scheme, for this program to read. vLLM refuses it, transformers 5.17 warns and goes on.
+"""The format "qtool": every scheme, for this program to read.
 
-A linear has the tensors of compressed-tensors, or of bitsandbytes for its types, and further
+A linear has the tensors of compressed-tensors, or of bitsandbytes for its types, each with `.qtool` before its own
+name: vLLM refuses the format, and transformers 5.17, which goes on with a warning, finds no weight to mistake.
+Further there are
 - fp8-e5m2: `weight` F8_E5M2 and `weight_scale`, as for e4m3;
 - outliers: `outlier_row_ends` I32 [out + 1], `outlier_columns` U16 [n], I32 where a row has more than 65536 inputs,
   and `outlier_values` [n] in the type of the scales. Those of row r stand at row_ends[r] .. row_ends[r + 1].
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from qtool.numerics.grid import QTensor
 
 VERSION = 1
+OURS = ".qtool"
 ROW_ENDS, COLUMNS, VALUES = ".outlier_row_ends", ".outlier_columns", ".outlier_values"
 INTEGERS, BLOCKWISE = CompressedTensors(), BitsAndBytes()
 OF_BITSANDBYTES = ("nf4", "nf4-dq", "llm-int8")
@@ -43,8 +46,10 @@ class Own:
     """The format's entry in the table; see `qtool.formats.Format`."""
 
     name = "qtool"
+    takes_transposed = True
     parts: tuple[str, ...] = tuple(
-        dict.fromkeys((*CompressedTensors.parts, *BitsAndBytes.parts, ROW_ENDS, COLUMNS, VALUES))
+        OURS + part
+        for part in dict.fromkeys((*CompressedTensors.parts, *BitsAndBytes.parts, ROW_ENDS, COLUMNS, VALUES))
     )
 
     def problem(self, scheme: QuantScheme) -> str | None:
@@ -53,17 +58,18 @@ class Own:
     def layout(self, module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:
         if scheme.kind in OF_BITSANDBYTES:
             return [
-                *BLOCKWISE.layout(module, scheme, shape, scale_dtype),
-                *inputs_of(module, scheme, scale_dtype),
+                *BLOCKWISE.layout(module + OURS, scheme, shape, scale_dtype),
+                *inputs_of(module + OURS, scheme, scale_dtype),
             ]
         return [
-            *INTEGERS.layout(module, scheme, shape, scale_dtype),
-            *_outliers_of(module, scheme, shape, scale_dtype),
+            *INTEGERS.layout(module + OURS, scheme, shape, scale_dtype),
+            *_outliers_of(module + OURS, scheme, shape, scale_dtype),
         ]
 
     def pack(self, module: str, weight: QTensor, dtype: str = "BF16") -> dict[str, Tensor]:
         import torch
 
+        module += OURS
         if weight.scheme.kind in OF_BITSANDBYTES:
             inputs = {module + part: tensor for part, tensor in pack_input(weight).items()}
             return BLOCKWISE.pack(module, weight, dtype) | inputs
@@ -80,6 +86,7 @@ class Own:
 
         from qtool.numerics.grid import Outliers
 
+        module += OURS
         if scheme.kind in OF_BITSANDBYTES:
             weight = BLOCKWISE.unpack(module, tensors, scheme)
             return replace(weight, input_scale=unpack_input(module, tensors, scheme))
@@ -120,16 +127,17 @@ class Own:
         groups = [(targets, QuantScheme.parse(text)) for text, targets in config.get("schemes", {}).items()]
         ours = [n.removesuffix(part) for n in checkpoint.tensors for part in (SCB, STATE) if n.endswith(part)]
         found: dict[str, tuple[QuantScheme, tuple[int, ...]]] = {}
-        for module in dict.fromkeys([*quantized_modules(checkpoint), *ours]):
+        for inner in dict.fromkeys([*quantized_modules(checkpoint), *ours]):
+            module = inner.removesuffix(OURS)
             scheme = match(module, groups)
-            if scheme is None:
+            if scheme is None or module == inner:
                 raise QtoolError(f"no scheme in the quantization_config of {checkpoint.path} covers `{module}`")
             if scheme.kind in OF_BITSANDBYTES:
-                _, shape = BLOCKWISE.stored(checkpoint, module, scheme)
-                further = inputs_of(module, scheme, ANY_FLOAT)
+                _, shape = BLOCKWISE.stored(checkpoint, inner, scheme)
+                further = inputs_of(inner, scheme, ANY_FLOAT)
             else:
-                shape = stored_shape(checkpoint, module, scheme)
-                further = _outliers_of(module, scheme, shape, ANY_FLOAT)
+                shape = stored_shape(checkpoint, inner, scheme)
+                further = _outliers_of(inner, scheme, shape, ANY_FLOAT)
             check_headers(checkpoint, scheme, shape, further)
             found[module] = (scheme, shape)
         return found
@@ -139,7 +147,7 @@ class Own:
         return ActivationScheme.parse(text, "of keys and values") if text else None
 
     def readers(self, scheme: QuantScheme) -> str:
-        return "qtool"
+        return "qtool alone"
 
 
 def _outliers_of(module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:

@@ -62,10 +62,9 @@ class Weights:
         packed = self.format.modules(checkpoint) if self.format else {}
         self.schemes: dict[str, QuantScheme] = {module: scheme for module, (scheme, _) in packed.items()}
         self.kv = self.format.kv_of(checkpoint.config) if self.format else None
+        parts = self.format.parts if self.format else ()
         self.packed_names = {
-            module: [t.name for t in self.format.layout(module, scheme, shape, "BF16")]
-            for module, (scheme, shape) in packed.items()
-            if self.format
+            module: [module + part for part in parts if module + part in checkpoint.tensors] for module in packed
         }
         hidden = {name for names in self.packed_names.values() for name in names}
         if self.kv:
@@ -105,6 +104,8 @@ class Weights:
         for module, scheme in self.schemes.items():
             if scheme.activations and module.startswith(unit + "."):
                 names = [n for n in self.packed_names[module] if n.endswith(INPUT_SCALES)]
+                if scheme.activations.is_static and not names:
+                    raise QtoolError(f"`{module}` in {self.checkpoint.path} has no fixed scale for its input")
                 scale = self.checkpoint.read(names[0]).float() if names else None
                 found[module.removeprefix(unit + ".")] = (scheme.activations, scale)
         return found

@@ -164,10 +164,9 @@ class NF4:
 
 def codec_of(scheme: QuantScheme) -> Codec:
     """The number type of a scheme."""
-    if scheme.kind == "int":
-        return IntCodec(scheme.bits)
-    if scheme.kind == "llm-int8":
-        return IntCodec(8, narrow=True)
+    if scheme.kind in ("int", "llm-int8"):
+        # kernels that multiply integers may count on positive scales, and 8 bits lose little by that
+        return IntCodec(scheme.bits, narrow=scheme.bits == 8 and scheme.activations is not None)
     if scheme.kind in ("nvfp4", "mxfp4"):
         return E2M1()
     if scheme.kind.startswith("nf4"):

@@ -31,8 +31,8 @@ class OutlierGrid(Grid):
         if importance_I is not None:
             cost_OI *= importance_I
         count = self.scheme.outlier_count(tuple(weight_OI.shape))
-        mask = torch.zeros_like(weight_OI, dtype=torch.bool)
-        mask.view(-1)[cost_OI.view(-1).topk(count).indices] = True
+        mask = torch.zeros(weight_OI.shape, dtype=torch.bool, device=weight_OI.device)
+        mask.view(-1)[cost_OI.reshape(-1).topk(count).indices] = True
         fitted = OutlierParams(*super().fit(weight_OI.masked_fill(mask, 0), importance_I, search))
         fitted.mask = mask
         return fitted

@@ -35,7 +35,7 @@ class UnitRecord:
 
     def add(self, linear: Linear, weight: QTensor, record: LayerRecord) -> None:
         with self.solver.watch.stage("write"):
-            for name, tensor in self.solver.job.format.pack(linear.module, weight).items():
+            for name, tensor in self.solver.job.format.pack(linear.module, weight, linear.source.dtype).items():
                 self.write(name, tensor)
             self.solved[linear.module] = digest(weight)
             self.layers.append(record)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtool.calibration.rows import Rows
+from qtool.calibration.self_data import rows_of
 from qtool.calibration.stats import CROSS
-from qtool.calibration.tokens import Tokenizer, TokenRows, calibration_rows, too_little_data
+from qtool.calibration.tokens import Tokenizer, TokenRows, too_little_data
 from qtool.checkpoint.writer import StagedOutput
 from qtool.errors import QtoolError
 from qtool.job import Job
@@ -80,7 +81,7 @@ class Solver:
         if stats:
             with self.watch.stage("read"):
                 wanted = self.job.wanted
-                for group in work.groups:
+                for group in work.groups if wanted - {"kv"} else ():
                     name = parameters.full(group[0])
                     work.moments[group[0]] = stats.stats(name, wanted, self.device).moments(name)
                 if self.job.kv:
@@ -96,7 +97,8 @@ class Solver:
         with self.watch.stage("calibrate"):
             model = BlockModel(job.checkpoint.root, job.source, self.device)
             tokenizer = Tokenizer(job.checkpoint.root, model.config.vocab_size)
-            self.rows = calibration_rows(job.recipe.data, tokenizer, model.context)
+            spec, root = job.recipe.data, job.checkpoint.root
+            self.rows = rows_of(spec, root, tokenizer, model.context, self.device, self.progress)
             self._check_amount(self.rows)
             rows = Rows(model, self.rows, batch_tokens, cross=CROSS in job.wanted)
         units = {unit.name: unit for unit in job.plan.units}

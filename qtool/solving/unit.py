@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from qtool.calibration.rows import Rows
 from qtool.calibration.stats import CROSS, SECOND, VECTORS, Moments
 from qtool.checkpoint.reader import Checkpoint
+from qtool.formats.weights import check_finite
 from qtool.headers import scale_dtype
 from qtool.job import KV_PARTS
 from qtool.methods import Solution
 from qtool.numerics.activations import static_scale
 from qtool.numerics.grid import Grid, grid_of, stackable
+from qtool.numerics.scales import FloatStore
 from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
@@ -151,7 +153,7 @@ class UnitWork:
         assert moments is not None
         assert moments.vectors is not None
         scale = static_scale(moments.vectors.absmax_I.amax().reshape(1), activations)
-        return scale if activations.kind == "nvfp4" else scale.to(self._grid(linear).scale_dtype)
+        return scale if activations.kind == "nvfp4" else FloatStore(self._grid(linear).scale_dtype).pack(scale)
 
     def set_kv(self, k_absmax: Tensor, v_absmax: Tensor) -> None:
         """The scales of keys and values from their largest magnitudes."""
@@ -159,7 +161,8 @@ class UnitWork:
         scales = {}
         for part, absmax in zip(KV_PARTS, (k_absmax, v_absmax), strict=True):
             info = next(info for info in self.unit.added if info.name.endswith(part))
-            scales[part] = static_scale(absmax.reshape(1), self.job.kv).to(TORCH_DTYPES[info.dtype])
+            check_finite(info.name, absmax)
+            scales[part] = FloatStore(TORCH_DTYPES[info.dtype]).pack(static_scale(absmax.reshape(1), self.job.kv))
             self.record.write(info.name, scales[part])
         self.cache = KVCache(self.job.kv, *(scale.float() for scale in scales.values()))
 

@@ -1,9 +1,9 @@
 """What every scheme loses under each transform and method, on any model, beside llm-compressor's figures.
 
-Prints a table: bits per weight, perplexity with the paired delta and its error, KL divergence, agreement, seconds of
-work and of the whole process, peak memory. Every run and every evaluation is a process of its own. With the Python of
-an environment that has llm-compressor 0.14, its recipe of the same steps runs on the same token rows, its output is
-evaluated by the same command, and `to peer` is the perplexity less its, again paired. What failed says why.
+Prints a table: bits per weight, perplexity with the paired delta and its error, KL divergence, agreement, wall seconds
+of the work, CPU seconds of the whole process, peak memory. Every run and every evaluation is a process of its own. With
+the Python of an environment that has llm-compressor 0.14, its recipe of the same steps runs on the same token rows, its
+output is evaluated by the same command, and `to peer` is the perplexity less its, again paired. What failed says why.
 
     python tests/benchmarks/schemes.py [MODEL] [--peer-python PATH] [--only 'w4a16 .* gptq'] [--work FOLDER]
 
@@ -19,7 +19,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +119,9 @@ class Bench:
         """Make OUT by a command that prints JSON with `wall_s`, and evaluate it."""
 
         def make() -> Figures:
-            text, process_s, peak_bytes = measured(command, out.with_name(out.name + ".log"))
-            return {"wall_s": json.loads(text)["wall_s"], "process_s": process_s, "peak_memory_bytes": peak_bytes}
+            text, cpu_s, peak_bytes = measured(command, out.with_name(out.name + ".log"))
+            report = json.loads(text[text.index("{") :])
+            return {"wall_s": report["wall_s"], "cpu_s": cpu_s, "peak_memory_bytes": peak_bytes}
 
         out.parent.mkdir(parents=True, exist_ok=True)
         made = kept(out.with_name(out.name + ".run.json"), make)
@@ -135,8 +135,7 @@ class Bench:
 
 
 def measured(command: list[str], log: Path) -> tuple[str, float, int]:
-    """stdout, wall seconds and peak memory in bytes of a process; stderr goes to a log. Raises RunError."""
-    started = time.perf_counter()
+    """stdout, seconds of CPU and peak memory in bytes of a process; stderr goes to a log. Raises RunError."""
     with open(log, "wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         assert process.stdout
@@ -148,7 +147,7 @@ def measured(command: list[str], log: Path) -> tuple[str, float, int]:
         said = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["no word"]
         raise RunError(f"exit {process.returncode}: {said[0]}")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return text.strip().splitlines()[-1], time.perf_counter() - started, peak
+    return text, usage.ru_utime + usage.ru_stime, peak
 
 
 def qtool(*arguments: str) -> Figures:
@@ -173,7 +172,7 @@ def line(label: str, figures: Figures, versus: Figures | None) -> str:
         f"{label}{figures['bits_per_weight']:7.3f}{figures['perplexity']['value']:10.3f}"
         f"{delta['value']:+10.3f} ± {delta['standard_error']:<7.3f}"
         f"{kl['value']:9.5f} ± {kl['standard_error']:.5f}"
-        f"{100 * comparison['top1_agreement']['value']:7.1f}%{figures['wall_s']:8.1f}{figures['process_s']:8.1f}"
+        f"{100 * comparison['top1_agreement']['value']:7.1f}%{figures['wall_s']:8.1f}{figures['cpu_s']:8.1f}"
         f"{figures['peak_memory_bytes'] / 1e6:8.0f}"
     )
     if versus is None:
@@ -224,7 +223,7 @@ def main() -> None:
             options.protocol, options.peer_python,
         )  # fmt: skip
         print(f"{'scheme':27}{'transform':13}{'method':6}{'by':7}{'bits':>7}{'ppl':>10}{'delta':>10}{'':10}"
-              f"{'KL, nats':>9}{'':10}{'top-1':>8}{'work s':>8}{'all s':>8}{'MB':>8}{'to peer':>10}")  # fmt: skip
+              f"{'KL, nats':>9}{'':10}{'top-1':>8}{'work s':>8}{'cpu s':>8}{'MB':>8}{'to peer':>10}")  # fmt: skip
         for scheme, transforms in SCHEMES.items():
             for transform in transforms:
                 for method in options.methods.split(","):
