@@ -5,12 +5,12 @@ import json
 import os
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 HELD = "\x1b"  # begins every escape sequence
 COMMON = ["--json", "-q", "--quiet", "-v", "--verbose", "--progress", "--no-progress", "--log-format", "--force",
           "--dry-run", "-o", "--output"]  # fmt: skip
+COMMANDS = ["quantize", "calibrate", "eval-ppl", "inspect"]
 RTN = ["--scheme", "int4-g32-sym", "--method", "rtn"]
 GPTQ = ["--scheme", "int4-g32-sym", "--data", "c.jsonl", "--seqlen", "32", "--rows", "16"]
 SHOW_TRACEBACK = "\nhint: the traceback is shown with -v\n"
@@ -125,10 +126,10 @@ def commands():
 
 
 def test_there_are_these_commands():
-    assert sorted(commands()) == ["eval-ppl", "inspect", "quantize"]
+    assert sorted(commands()) == sorted(COMMANDS) == ["calibrate", "eval-ppl", "inspect", "quantize"]
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["eval-ppl"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help(qtool, command, flag):
     result = qtool(*command, flag)
@@ -144,7 +145,7 @@ def test_help(qtool, command, flag):
             assert re.search(rf"^  {name} +{re.escape(known_command.get_short_help_str(100))}$", result.out, re.M)
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval-ppl", "inspect"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_documented_and_the_common_ones_are_there(command):
     params = commands()[command].params
     assert [p.name for p in params if not getattr(p, "help", "")] == []
@@ -152,18 +153,18 @@ def test_every_option_is_documented_and_the_common_ones_are_there(command):
     assert [name for name in COMMON if name not in names] == []
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval-ppl", "inspect"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_examples_in_a_help_text_are_commands_that_parse(command):
     examples = re.findall(rf"qtool {command} .*", commands()[command].help)
     assert examples
     for example in examples:
         parsed = commands()[command].make_context(command, shlex.split(example)[2:])
-        assert parsed.params["model"].startswith("./"), example
+        assert all(m.startswith("./") for m in parsed.params.get("models") or [parsed.params["model"]]), example
 
 
 def test_the_reference_holds_every_help_text(qtool):
     page = reference()
-    assert re.findall(r"^## (.*)$", page, re.M) == ["qtool", "qtool eval-ppl", "qtool inspect", "qtool quantize"]
+    assert re.findall(r"^## (.*)$", page, re.M) == ["qtool", *(f"qtool {name}" for name in sorted(COMMANDS))]
     for name, command in commands().items():
         section = page.partition(f"## qtool {name}\n")[2].partition("\n## ")[0]
         for param in command.params:
@@ -175,7 +176,7 @@ def test_version(qtool):
     assert qtool("--version").all == (0, f"qtool {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["eval-ppl"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_no_arguments_show_the_help_and_not_as_an_error(qtool, command):
     result = qtool(*command)
     assert result.code == 2
@@ -292,7 +293,7 @@ KINDS = {
         "a gate compares two models, but there is no baseline", "give one with --baseline MODEL")),
     "unknown architecture": (["quantize", "unknown", "-o", "new", "--scheme", "int4-g32-sym"], said(
         "unknown is of architecture `whoknows`, which qtool cannot run; "
-        "it runs gemma2, gemma3_text, llama, mistral, phi3, qwen2, qwen3",
+        "it runs gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3",
         "`qtool quantize --method rtn` without --eval runs no model and works on every safetensors checkpoint")),
     "strict": ([*INTO, *RTN, "--strict", "--ignore", "*.q_proj"], re.compile(
         r"error: `model\.layers\.0\.\*` are served as one layer but have several schemes: .*\n"
@@ -373,7 +374,14 @@ def test_a_usage_error_writes_nothing(usage_errors):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["quantize", "--help"], ["quantize", "m", "-o", "new", "--scheme", "zzz"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["quantize", "--help"],
+        ["calibrate", "--help"],
+        ["quantize", "m", "-o", "new", "--scheme", "zzz"],
+    ],
 )
 def test_help_and_usage_errors_start_fast_and_without_torch(here, arguments):
     command = [sys.executable, "-X", "importtime", "-m", "qtool", *arguments]
@@ -383,10 +391,11 @@ def test_help_and_usage_errors_start_fast_and_without_torch(here, arguments):
     assert imported & {"torch", "transformers", "datasets", "numpy", "rich.console"} == set()
     best = 9.0
     for _ in range(5):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process(*arguments, cwd=here)
-        best = min(best, time.perf_counter() - started)
-    assert best < 0.4
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert best < 0.4  # seconds of a core: what it takes on a machine with nothing else to do
 
 
 # ---- quantize
@@ -1001,7 +1010,7 @@ def test_an_unforeseen_error(qtool, here, monkeypatch, error, expected):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("qtool.pipeline.prepare", fail)
+    monkeypatch.setattr("qtool.job.prepare", fail)
     assert qtool("quantize", "m", "-o", "out", *RTN).all == (1, "", expected)
 
 
@@ -1017,7 +1026,7 @@ def test_a_traceback_is_shown_with_v_only(qtool, here, monkeypatch):
     def fail(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("qtool.pipeline.prepare", fail)
+    monkeypatch.setattr("qtool.job.prepare", fail)
     verbose = qtool("quantize", "m", "-o", "out", *RTN, "-v")
     assert verbose.err.startswith("Traceback (most recent call last):\n")
     assert verbose.err.endswith("RuntimeError: boom\nerror: RuntimeError: boom\n")

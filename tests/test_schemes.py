@@ -13,6 +13,7 @@ import torch
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import StagedOutput
+from qtool.cli import run as cli
 from qtool.errors import UsageError
 from qtool.formats.weights import Weights
 from qtool.job import prepare
@@ -220,6 +221,58 @@ def test_interrupted_after_every_unit_it_ends_with_the_same_bytes(
     whole, parts = files(tmp_path / "whole"), files(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert [name for name in whole if whole[name] != parts[name]] == []
+
+
+SAVED = {
+    "fp8": {"scheme": "fp8"},
+    "nvfp4": {"scheme": "nvfp4"},
+    "w8a8-static smoothquant": {"scheme": "w8a8-static", "transforms": ["smoothquant"]},
+    "awq": {"scheme": "int4-g32-asym", "transforms": ["awq"]},
+    "bias": {"scheme": "int3-g32-sym+outliers-1%", "transforms": ["smoothquant", "bias-correction"]},
+    "cache": {"scheme": "mxfp4a16", "kv": "int8"},
+    "both": {"scheme": "int4-channel-sym+int8-tensor", "transforms": ["awq", "smoothquant"], "kv": "fp8"},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, calibration_text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stats") / "stats"
+    arguments = [
+        "--data",
+        str(calibration_text),
+        "--rows",
+        "24",
+        "--seqlen",
+        "32",
+        "--hessians",
+        "-q",
+        "--device",
+        "cpu",
+    ]
+    assert cli(["calibrate", str(make_model("qwen2")), "-o", str(out), "--device", "cpu", *arguments]) == 0
+    return out
+
+
+@pytest.mark.parametrize("changes", SAVED.values(), ids=SAVED)
+def test_saved_statistics_give_the_same_bytes_as_the_data(make_model, calibration_text, tmp_path, saved, changes):
+    model = make_model("qwen2")
+    run(model, tmp_path / "data", calibration_text, **changes)
+    report = run(model, tmp_path / "saved", calibration_text, stats=str(saved), **changes)
+    ours, others = files(tmp_path / "data"), files(tmp_path / "saved")
+    assert [name for name in ours if ours[name] != others[name]] == []
+    assert report.data["tokens"] == 24 * 32
+    assert not any("saved statistics" in note for note in report.notes)
+
+
+def test_error_feedback_on_saved_statistics_says_what_differs(make_model, calibration_text, tmp_path, saved):
+    model = make_model("qwen2")
+    changes = {"scheme": "int4-g32-sym", "method": "gptq"}
+    run(model, tmp_path / "data", calibration_text, **changes)
+    report = run(model, tmp_path / "saved", calibration_text, stats=str(saved), **changes)
+    assert any("saved statistics" in note and "errors of the blocks before" in note for note in report.notes)
+    assert files(tmp_path / "data") != files(tmp_path / "saved")
+    first = [layer.output_error for layer in report.layers if ".0.self_attn." in layer.module]
+    assert max(first) < 0.2
 
 
 def test_an_added_transform_is_another_recipe(make_model, calibration_text, tmp_path):

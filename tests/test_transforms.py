@@ -146,8 +146,8 @@ def test_folded_scales_leave_the_model_as_it_is(make_model: Any, kind: str, dtyp
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, original.get_parameter(n))]
     assert len(moved) >= 8  # it did something
     tolerance = 1e-4
-    if dtype == "bfloat16" and kind in ("gpt_neox", "gpt2", "opt"):
-        tolerance = 2e-2  # the bias of a LayerNorm is rounded again
+    if dtype == "bfloat16" and kind in ("gpt_neox", "gpt2", "opt", "qwen2"):
+        tolerance = 2e-2  # the bias of the norm or of the values is rounded again
     close(logits(model), before, tolerance)
     if dtype == "bfloat16":
         for name in moved:

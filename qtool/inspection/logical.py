@@ -7,11 +7,17 @@ from math import prod
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, ReadError
 from qtool.formats.weights import Weights
-from qtool.headers import DTYPE_BITS
+from qtool.headers import DTYPE_BITS, TensorInfo
 from qtool.models.architectures import ARCHITECTURES, LLAMA
-from qtool.scheme import QuantScheme
+from qtool.scheme import KV_SCHEMES, QuantScheme
+
+CACHE_SCALES = (".k_scale", ".v_scale")
+SPELLINGS = {  # what the older architectures call these keys of config.json
+    "num_hidden_layers": ("n_layer",), "hidden_size": ("n_embd",), "intermediate_size": ("n_inner", "ffn_dim"),
+    "num_attention_heads": ("n_head",), "max_position_embeddings": ("n_positions",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,18 @@ class Entry:
     scheme: QuantScheme | None
     dtype: str  # of a dense tensor; of the scales of a packed weight
     size_bytes: int
-    size_bits: int  # without what the format adds, such as padding
-    parameters: int  # 0 for integer buffers, and for a tied head that is stored a second time
+    size_bits: int  # without what the format adds, such as padding and fixed scales of inputs
+    parameters: int  # 0 for integer buffers, scales of the cache, and a tied head that is stored a second time
+    transposed: bool = False  # the shape is [in, out], as GPT-2 has it
 
     @property
     def module(self) -> str:
         return self.name.removesuffix(".weight")
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape as a scheme sees it: [out, in]."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def stored_as(self) -> str:
@@ -39,7 +51,9 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
     """The logical tensors of a checkpoint. Raises QtoolError where headers do not tell their shapes."""
     try:
         return Weights(checkpoint)
-    except FileNotFoundError:
+    except ReadError:
+        if checkpoint.root.exists():
+            raise
         raise QtoolError(
             f"{checkpoint.path} is packed in a way whose shapes its headers do not tell",
             f"download it and give the folder: `hf download {checkpoint.path}`",
@@ -47,24 +61,45 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
 
 
 def entries(weights: Weights) -> list[Entry]:
-    """Every logical tensor, dense ones in file order first."""
-    tensors, pair = weights.checkpoint.tensors, tied_pair(weights.checkpoint)
+    """Every logical tensor, dense ones in file order first, and the fixed scales of the cache last."""
+    pair = tied_pair(weights.checkpoint)
     found = []
     for name, shape in weights.shapes.items():
         module = name.removesuffix(".weight")
         if module in weights.schemes:
-            scheme = weights.schemes[module]
-            parts = [tensors[n] for n in weights.packed_names[module]]
-            scale = max((p.dtype for p in parts if is_float(p.dtype)), key=DTYPE_BITS.__getitem__, default="BF16")
-            size_bytes, size_bits = sum(p.size_bytes for p in parts), scheme.size_bits(shape, DTYPE_BITS[scale])
-            found.append(Entry(name, shape, scheme, scale, size_bytes, size_bits, prod(shape)))
+            found.append(_packed(weights, name, module, shape))
         else:
-            info = tensors[name]
+            info = weights.checkpoint.tensors[name]
             repeated = pair and name == pair[1] and pair[0] in weights.shapes
-            counted = is_float(info.dtype) and not repeated
-            parameters = prod(shape) if counted else 0
-            found.append(Entry(name, shape, None, info.dtype, info.size_bytes, 8 * info.size_bytes, parameters))
+            parameters = prod(shape) if is_float(info.dtype) and not repeated else 0
+            transposed = len(shape) == 2 and weights.is_transposed(module)
+            size_bytes = info.size_bytes
+            found.append(Entry(name, shape, None, info.dtype, size_bytes, 8 * size_bytes, parameters, transposed))
+    for info in cache_scales(weights):
+        found.append(Entry(info.name, info.shape, None, info.dtype, info.size_bytes, 8 * info.size_bytes, 0))
     return found
+
+
+def _packed(weights: Weights, name: str, module: str, shape: tuple[int, ...]) -> Entry:
+    scheme, transposed = weights.schemes[module], weights.is_transposed(module)
+    parts = [weights.checkpoint.tensors[part] for part in weights.packed_names[module]]
+    scales = [p.dtype for p in parts if p.name.endswith(".weight_scale")]
+    floats = scales or [p.dtype for p in parts if is_float(p.dtype)]
+    scale = max(floats, key=DTYPE_BITS.__getitem__, default="BF16")
+    size_bits = scheme.size_bits(shape[::-1] if transposed else shape, DTYPE_BITS[scale])
+    return Entry(name, shape, scheme, scale, sum(p.size_bytes for p in parts), size_bits, prod(shape), transposed)
+
+
+def cache_scales(weights: Weights) -> list[TensorInfo]:
+    """The fixed scales of keys and values."""
+    tensors = weights.checkpoint.tensors.values()
+    return [info for info in tensors if info.name not in weights.shapes and info.name.endswith(CACHE_SCALES)]
+
+
+def cache_type(weights: Weights) -> str | None:
+    """The name of the type that the checkpoint gives its keys and values, or None for none."""
+    known = {scheme: name for name, scheme in KV_SCHEMES.items()}
+    return known.get(weights.kv, str(weights.kv)) if weights.kv else None
 
 
 def is_float(dtype: str) -> bool:
@@ -78,14 +113,27 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
+def config_value(config: dict[str, Any], key: str) -> Any:
+    """What a config.json says of the language model, by transformers' usual name for it; None where it does not."""
+    known = text_config(config)
+    return next((known[name] for name in (key, *SPELLINGS.get(key, ())) if known.get(name) is not None), None)
+
+
 def tied_pair(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The names of embedding and head where config.json says that they are one tensor, else None."""
+    """The names of embedding and head where they are one tensor, else None.
+
+    A config.json that does not say so leaves it to the architecture: a known one without a head has its embedding.
+    """
     config = checkpoint.config
-    if not config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False)):
+    tied = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
+    kind = str(text_config(config).get("model_type"))
+    if not tied and (tied is not None or kind not in ARCHITECTURES):
         return None
-    architecture = ARCHITECTURES.get(str(text_config(config).get("model_type")), LLAMA)
+    architecture = ARCHITECTURES.get(kind, LLAMA)
     names = []
     for module in (architecture.embedding, architecture.head):
         spellings = architecture.spellings(f"{module}.weight")
         names.append(next((name for name in spellings if name in checkpoint.tensors), spellings[0]))
+    if tied is None and (names[0] not in checkpoint.tensors or names[1] in checkpoint.tensors):
+        return None
     return names[0], names[1]

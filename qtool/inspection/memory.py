@@ -2,8 +2,9 @@
 
 The cache holds, per token and attention layer, one key and one value vector for each key/value head; under
 multi-head latent attention one vector, `kv_lora_rank + qk_rope_head_dim` long. int8 and int4 caches add one
-16-bit scale per vector, fp8 has one scale per tensor, which is not counted. Layers of sliding attention hold
-at most their window. What activations and the runtime need beside is covered by filling a card to `USABLE`.
+16-bit scale per vector, fp8 has one scale per tensor, which is not counted. A checkpoint with fixed scales for
+its cache has a type of its own, without scales per vector. Layers of sliding attention hold at most their window.
+What activations and the runtime need beside is covered by filling a card to `USABLE`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,27 @@ from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
+from qtool.formats.weights import Weights
 from qtool.headers import WEIGHT_DTYPES
-from qtool.inspection.logical import Entry, entries, is_float, open_weights, text_config
+from qtool.inspection.logical import (
+    Entry,
+    cache_type,
+    config_value,
+    entries,
+    is_float,
+    open_weights,
+    text_config,
+)
 from qtool.plan import matches
 from qtool.recipe import DEFAULT_IGNORE
 from qtool.scheme import QuantScheme
 
-SCHEMES = ("int8-channel-sym", "int4-g128-sym", "int3-g128-sym", "int2-g128-sym")
+SCHEMES = (
+    "int8-channel-sym", "fp8-dynamic", "int4-g128-sym", "nvfp4a16", "mxfp4a16", "nf4", "int3-g128-sym", "int2-g128-sym",
+)  # fmt: skip
 KV_BITS = {"fp16": (16, 0), "fp8": (8, 0), "int8": (8, 16), "int4": (4, 16)}  # of a value, and of a vector's scale
+THIS = "this checkpoint"
+OWN = "own"  # the cache of the type that the checkpoint has scales for
 LARGEST_KV_FIRST = ("fp16", "int8", "fp8", "int4")
 CARDS_GB = (8, 16, 24, 48, 80)
 USABLE = 0.9  # of a card's memory: what vLLM, too, takes unless told otherwise
@@ -37,12 +51,16 @@ class KvCache:
     tokens: int
     vectors: int
     dim: int
-    size_bytes: dict[str, int]  # of the whole batch, by the type of the values
+    own: str | None  # the type that the checkpoint has fixed scales for
+    size_bytes: dict[str, int]  # of the whole batch, by the type of the values; `own` where there is one
 
 
 @dataclass(frozen=True)
 class Option:
-    """The weights under one scheme: with each cache the total, and on each card the largest cache that fits."""
+    """The weights under one scheme: with each cache the total, and on each card the largest cache that fits.
+
+    A checkpoint with a cache of its own type is served with that one or not at all.
+    """
 
     weights: str
     weight_bytes: int
@@ -68,11 +86,12 @@ class Memory:
 
 def memory(checkpoint: Checkpoint, context: int, batch: int) -> Memory:
     """The memory of a checkpoint. Raises QtoolError naming the key that its config.json lacks."""
-    found = entries(open_weights(checkpoint))
+    weights = open_weights(checkpoint)
+    found = entries(weights)
     notes: list[str] = []
-    cache = _kv_cache(checkpoint, context, batch, notes)
-    sizes = {"this checkpoint": checkpoint.size_bytes, "bf16": _dense_bytes(found)}
-    sizes.update({scheme: _packed_bytes(found, QuantScheme.parse(scheme), notes) for scheme in SCHEMES})
+    cache = _kv_cache(weights, context, batch, notes)
+    sizes = {THIS: checkpoint.size_bytes, "bf16": _dense_bytes(found)}
+    sizes.update({scheme: _packed_bytes(found, scheme, notes) for scheme in SCHEMES})
     options = [_option(name, size_bytes, cache) for name, size_bytes in sizes.items()]
     return Memory(str(checkpoint.path), context, batch, USABLE, cache, options, notes)
 
@@ -80,13 +99,15 @@ def memory(checkpoint: Checkpoint, context: int, batch: int) -> Memory:
 def _option(name: str, weight_bytes: int, cache: KvCache) -> Option:
     total = {kv: weight_bytes + size_bytes for kv, size_bytes in cache.size_bytes.items()}
     fits = {}
+    caches = (OWN,) if cache.own and name == THIS else LARGEST_KV_FIRST
     for card in CARDS_GB:
-        fitting = (kv for kv in LARGEST_KV_FIRST if total[kv] <= USABLE * card * 1e9)
+        fitting = (kv for kv in caches if total[kv] <= USABLE * card * 1e9)
         fits[f"{card} GB"] = next(fitting, None)
     return Option(name, weight_bytes, total, fits)
 
 
-def _kv_cache(checkpoint: Checkpoint, context: int, batch: int, notes: list[str]) -> KvCache:
+def _kv_cache(weights: Weights, context: int, batch: int, notes: list[str]) -> KvCache:
+    checkpoint = weights.checkpoint
     config = text_config(checkpoint.config)
     layers = _layer_contexts(checkpoint, context, notes)
     if config.get("kv_lora_rank"):
@@ -95,12 +116,14 @@ def _kv_cache(checkpoint: Checkpoint, context: int, batch: int, notes: list[str]
         heads = _key(checkpoint, "num_attention_heads")
         vectors = 2 * (config.get("num_key_value_heads") or heads)
         dim = config.get("head_dim") or _key(checkpoint, "hidden_size") // heads
-    limit = config.get("max_position_embeddings")
+    limit = config_value(checkpoint.config, "max_position_embeddings")
     if isinstance(limit, int) and context > limit:
         notes.append(f"the model was made for at most {limit} tokens of context (max_position_embeddings)")
     held = sum(layers) * vectors * batch
     size_bytes = {kv: held * (dim * bits + scale_bits) // 8 for kv, (bits, scale_bits) in KV_BITS.items()}
-    return KvCache(len(layers), sum(layers), vectors, dim, size_bytes)
+    if weights.kv:
+        size_bytes = {OWN: held * dim * weights.kv.bits // 8, **size_bytes}
+    return KvCache(len(layers), sum(layers), vectors, dim, cache_type(weights), size_bytes)
 
 
 def _layer_contexts(checkpoint: Checkpoint, context: int, notes: list[str]) -> list[int]:
@@ -126,7 +149,7 @@ def _key(checkpoint: Checkpoint, key: str) -> int:
     if not checkpoint.config:
         hint = "give the folder of the model" if checkpoint.path.is_file() else "put the model's config.json there"
         raise QtoolError(f"{checkpoint.path} has no config.json, which tells the size of the KV cache", hint)
-    value = text_config(checkpoint.config).get(key)
+    value = config_value(checkpoint.config, key)
     if not isinstance(value, int) or value < 1:
         shown = f"`{key}` = `{value}` in" if key in text_config(checkpoint.config) else f"no `{key}` in"
         raise QtoolError(f"the size of the KV cache is unknown: {shown} {checkpoint.root / 'config.json'}")
@@ -137,20 +160,20 @@ def _dense_bytes(found: list[Entry]) -> int:
     return sum(2 * prod(e.shape) if e.scheme or is_float(e.dtype) else e.size_bytes for e in found)
 
 
-def _packed_bytes(found: list[Entry], scheme: QuantScheme, notes: list[str]) -> int:
-    """Exact bytes when the linears that `qtool quantize` takes unasked have `scheme`, and all else stays as it is."""
-    size_bytes, unfit = 0, []
+def _packed_bytes(found: list[Entry], name: str, notes: list[str]) -> int:
+    """Exact bytes when the linears that `qtool quantize` takes unasked have a scheme, and all else stays as it is."""
+    scheme, size_bytes, unfit = QuantScheme.parse(name), 0, []
     for entry in found:
         if not _is_linear(entry):
             size_bytes += entry.size_bytes
-        elif scheme.shape_error(entry.shape):
+        elif scheme.shape_error(entry.matrix):
             unfit.append(entry)
             size_bytes += 2 * prod(entry.shape)
         else:
-            size_bytes += ceil(scheme.size_bits(entry.shape) / 8)
+            size_bytes += ceil(scheme.size_bits(entry.matrix) / 8)
     if unfit:
-        reason = scheme.shape_error(unfit[0].shape)
-        notes.append(f"{scheme}: {len(unfit)} linears cannot have it and count as bf16; `{unfit[0].name}`: {reason}")
+        reason = scheme.shape_error(unfit[0].matrix)
+        notes.append(f"{name}: {len(unfit)} linears cannot have it and count as bf16; `{unfit[0].name}`: {reason}")
     return size_bytes
 
 

@@ -20,15 +20,25 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.formats import Format
 from qtool.formats.weights import Weights
 from qtool.headers import kind_of
-from qtool.inspection.logical import Entry, entries, is_float, open_weights, text_config, tied_pair
-from qtool.scheme import QuantScheme
+from qtool.inspection.logical import (
+    CACHE_SCALES,
+    Entry,
+    cache_scales,
+    cache_type,
+    config_value,
+    entries,
+    is_float,
+    open_weights,
+    tied_pair,
+)
+from qtool.scheme import ActivationScheme, QuantScheme
 
 COMPONENTS = (  # the first pattern that a module's name matches; a norm may lie inside attention
     ("norms", r"(norm\d*|\bln(_\w+|\d+))$"),
     ("head", r"(^|\.)(lm_head|embed_out)$"),
     ("embeddings", r"embed|\.w[tp]e$|^w[tp]e$"),
     ("attention", r"attn|attention"),
-    ("mlp", r"mlp|ffn|feed_forward|experts|moe"),
+    ("mlp", r"mlp|ffn|feed_forward|experts|moe|\.fc\d$"),
 )
 OTHER = "other"
 DIMENSIONS = {  # keys of config.json, and what people call them
@@ -68,7 +78,19 @@ class SchemeUse:
     layers: int
     parameters: int
     bits_per_weight: float
+    bits_on_disk: float  # per weight, with the tables, shapes and padding of the format
+    inputs: str | None  # how they are rounded while the model runs, None for not
+    inputs_static: bool  # whether that takes a scale from calibration
+    outliers: int  # weights that are kept in 16 bits
     readers: str
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """The type that keys and values are stored in, with one fixed scale each in so many layers."""
+
+    stored_as: str
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,8 @@ class Overview:
     quantized_parameters: int
     bits_per_weight: float | None  # of the quantized weights
     schemes: list[SchemeUse]
+    readers: str | None  # who loads all of them
+    kv_cache: CacheScales | None
     components: list[Component]
     kinds: list[LayerKind]
     origin: Origin | None
@@ -118,6 +142,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
     components = _components(found)
     origin, reasons = _manifest(checkpoint.path)
     config = checkpoint.config
+    schemes = _scheme_uses(quantized, weights.format)
     parameters = sum(e.parameters for e in found)
     dtypes: dict[str, int] = defaultdict(int)
     for info in checkpoint.tensors.values():
@@ -126,7 +151,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
         model=str(checkpoint.path),
         architecture=(config.get("architectures") or ["unknown"])[0],
         model_type=config.get("model_type"),
-        dimensions={key: value for key in DIMENSIONS if isinstance(value := text_config(config).get(key), int)},
+        dimensions={key: value for key in DIMENSIONS if isinstance(value := config_value(config, key), int)},
         files=len(checkpoint.files),
         tensors=len(checkpoint.tensors),
         parameters=parameters,
@@ -136,7 +161,9 @@ def overview(checkpoint: Checkpoint) -> Overview:
         format=str(config["quantization_config"].get("quant_method")) if weights.format else None,
         quantized_parameters=sum(e.parameters for e in quantized),
         bits_per_weight=_bits_per_weight(quantized) if quantized else None,
-        schemes=_scheme_uses(quantized, weights.format),
+        schemes=schemes,
+        readers=least_capable(use.readers for use in schemes) if schemes else None,
+        kv_cache=_kv_cache(weights),
         components=components,
         kinds=_kinds(found, components, config, reasons),
         origin=origin,
@@ -172,10 +199,37 @@ def _scheme_uses(quantized: list[Entry], format_: Format | None) -> list[SchemeU
             layers=len(members),
             parameters=sum(e.parameters for e in members),
             bits_per_weight=_bits_per_weight(members),
+            bits_on_disk=8 * sum(e.size_bytes for e in members) / sum(prod(e.shape) for e in members),
+            inputs=described_inputs(scheme.activations) if scheme.activations else None,
+            inputs_static=bool(scheme.activations and scheme.activations.is_static),
+            outliers=sum(scheme.outlier_count(e.matrix) for e in members),
             readers=format_.readers(scheme) if format_ else "",
         )
         for scheme, members in by_scheme.items()
     ]
+
+
+def described_inputs(scheme: ActivationScheme) -> str:
+    """How inputs are rounded while the model runs."""
+    number = "int8" if scheme.kind == "llm-int8" else f"int{scheme.bits}" if scheme.kind == "int" else scheme.kind
+    if scheme.granularity == "tensor":
+        return f"{number}, with a fixed scale (static)"
+    shared = f"group of {scheme.group_size}" if scheme.group_size else scheme.granularity
+    text = f"{number}, with a scale for each {shared} as it comes"
+    if scheme.threshold is not None:
+        text += f", but for columns that reach {scheme.threshold:g}"
+    return text + (", under a fixed one (static)" if scheme.is_static else " (dynamic)")
+
+
+def least_capable(readers: Iterable[str]) -> str:
+    """Of what formats say of their readers, that of the scheme which fewest load, or under most conditions."""
+    return min(readers, key=lambda text: ("vLLM" in text, "SGLang" in text, -len(text)))
+
+
+def _kv_cache(weights: Weights) -> CacheScales | None:
+    stored_as = cache_type(weights)
+    names = [info.name for info in cache_scales(weights)]
+    return CacheScales(stored_as, sum(n.endswith(".k_scale") for n in names)) if stored_as else None
 
 
 def _components(found: list[Entry]) -> list[Component]:
@@ -211,7 +265,7 @@ def _kinds(
             parameters=sum(e.parameters for e in members),
             bits_per_weight=_bits_per_weight(members) if prod(shape) else 0.0,
             size_bytes=sum(e.size_bytes for e in members),
-            why_not_quantized=_why_not(members[0], config, reasons) if packed and not members[0].scheme else None,
+            why_not_quantized=_why_not(members[0], config, reasons) if packed else None,
         )
         for (pattern, stored_as, shape), members in groups.items()
     ]
@@ -219,14 +273,18 @@ def _kinds(
     return sorted(kinds, key=lambda kind: (rank[component_of(kind.pattern)], -kind.size_bytes))
 
 
-def _why_not(entry: Entry, config: dict[str, Any], reasons: dict[str, str]) -> str:
+def _why_not(entry: Entry, config: dict[str, Any], reasons: dict[str, str]) -> str | None:
+    if entry.scheme or entry.name.endswith(CACHE_SCALES):
+        return None
     if entry.name in reasons:
         return reasons[entry.name]
-    if _ignored(entry.module, config["quantization_config"].get("ignore") or []):
+    listed = config["quantization_config"]
+    skipped = any(f".{name}." in f".{entry.module}." for name in listed.get("llm_int8_skip_modules") or [])
+    if skipped or _ignored(entry.module, listed.get("ignore") or []):
         return "in the ignore list of config.json"
     if len(entry.shape) < 2:
         return "a vector, not a matrix"
-    return "in no group of the quantization_config"
+    return "nothing in the quantization_config names it"
 
 
 def _ignored(module: str, patterns: Iterable[str]) -> bool:

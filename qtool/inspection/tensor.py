@@ -1,7 +1,8 @@
 """One weight looked at closely: its distribution, its outliers, what they cost in bits, and its channels.
 
 Effective bits: of b bits that span [-max, max], the typical weight uses b - 1 + log2(typical / outlier), where
-typical is the 99th percentile of |w| and outlier is max|w|; one bit is the sign. Shapes: [.., I] is read as [O, I].
+typical is the 99th percentile of |w| and outlier is max|w|; one bit is the sign. Shapes: [.., I] is read as [O, I],
+and weights that are stored [I, O] are turned.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, unknown
+from qtool.inspection.codes import CodeStats, code_stats, read_packed
 from qtool.inspection.logical import entries, open_weights
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class TensorStats:
     model: str
     name: str
     shape: tuple[int, ...]
+    transposed: bool  # the shape is [in, out]
     stored_as: str
     bits_per_weight: float
     minimum: float
@@ -73,10 +76,12 @@ class TensorStats:
     std: float
     quantiles: dict[str, float]
     histogram: Histogram
+    zero_ratio: float  # share that is exactly zero
     outlier_ratio: float  # share that is more than 6 standard deviations from the mean
     group_size: int
     effective_bits: list[EffectiveBits]
     channels: dict[str, Channels]  # "output" and "input"
+    codes: CodeStats | None  # of a packed weight
 
     def to_tree(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,13 +94,19 @@ def tensor_stats(checkpoint: Checkpoint, name: str) -> TensorStats:
     entry = next(e for e in entries(weights) if e.name == name)
     if not prod(entry.shape):
         raise QtoolError(f"`{name}` in {checkpoint.path} has no values: its shape is {list(entry.shape)}")
-    values = weights.read([name])[name].numpy()
+    packed = read_packed(weights, entry.module) if entry.scheme else None
+    if packed:
+        values = packed.dequantize().numpy()  # [out, in]
+    else:
+        values = weights.read([name])[name].numpy()
+        values = values.T if entry.transposed else values
     mean, std = _moments(values)
     rows = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else None
     return TensorStats(
         model=str(checkpoint.path),
         name=name,
         shape=entry.shape,
+        transposed=entry.transposed,
         stored_as=entry.stored_as,
         bits_per_weight=entry.size_bits / prod(entry.shape),
         minimum=float(values.min()),
@@ -104,10 +115,12 @@ def tensor_stats(checkpoint: Checkpoint, name: str) -> TensorStats:
         std=std,
         quantiles=_quantiles(values),
         histogram=_histogram(values),
+        zero_ratio=float((values == 0).mean()),
         outlier_ratio=float((abs(values - mean) > OUTLIER_SIGMAS * std).mean()),
         group_size=GROUP,
         effective_bits=_effective_bits(values),
         channels={} if rows is None else {"output": _channels(rows, 1), "input": _channels(rows, 0)},
+        codes=code_stats(packed) if packed else None,
     )
 
 

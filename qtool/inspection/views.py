@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from math import ceil
 
+from qtool.inspection.codes import CodeStats
 from qtool.inspection.compare import Comparison
-from qtool.inspection.memory import CARDS_GB, KV_BITS, Memory
+from qtool.inspection.memory import CARDS_GB, OWN, THIS, Memory
 from qtool.inspection.overview import DIMENSIONS, Origin, Overview
 from qtool.inspection.tensor import OUTLIER_SIGMAS, Channels, TensorStats
 from qtool.report.table import Table, View, count, size
 
 BAR_WIDTH = 48
+MOST_CODES = 16  # that are listed one by one
+VISIBLE_BITS = 0.05  # per weight: less is not worth a word
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 Row = tuple[str, ...]
@@ -44,17 +47,23 @@ def memory_view(found: Memory) -> View:
     cache = found.kv_cache
     held = f"{cache.layers} layers, {cache.vectors} vectors of {cache.dim} per token and layer"
     tokens = found.context * found.batch
-    caches = [(kv, size(total), size(total / tokens)) for kv, total in cache.size_bytes.items()]
+    names = {kv: f"own ({cache.own})" if kv == OWN else kv for kv in cache.size_bytes}
+    caches = [(names[kv], size(total), size(total / tokens)) for kv, total in cache.size_bytes.items()]
     totals: list[Row] = []
     fits: list[Row] = []
     for option in found.options:
-        totals.append((option.weights, size(option.weight_bytes), *(size(option.total_bytes[kv]) for kv in KV_BITS)))
-        fits.append((option.weights, *(option.fits[f"{card} GB"] or "-" for card in CARDS_GB)))
+        totals.append((option.weights, size(option.weight_bytes), *(size(option.total_bytes[kv]) for kv in names)))
+        fits.append((option.weights, *(names.get(option.fits[f"{card} GB"] or "", "-") for card in CARDS_GB)))
     return [
         f"{found.model}: {found.batch} x {found.context} tokens",
         Table(("values as", ">size", ">per token"), caches, f"KV cache: {held}"),
-        Table(("weights as", ">alone", *(f">+ {kv} KV" for kv in KV_BITS)), totals, "weights and KV cache together"),
+        Table(
+            ("weights as", ">alone", *(f">+ {name} KV" for name in names.values())),
+            totals,
+            "weights and KV cache together",
+        ),
         Table(("weights as", *(f"{card} GB" for card in CARDS_GB)), fits, "the largest KV cache that fits on a card"),
+        *([f"own: this checkpoint has fixed scales for {cache.own}; `{THIS}` is served with it"] if cache.own else []),
         "int8 and int4 caches have one 16-bit scale per token and head, for keys and for values",
         f"a card counts as full at {found.usable:.0%}, for activations and the runtime; 1 GB is 10^9 bytes",
         "another scheme changes the linear layers in the blocks; all else stays as it is",
@@ -90,14 +99,18 @@ def comparison_view(found: Comparison, top: int) -> View:
 
 def tensor_view(found: TensorStats) -> View:
     """Moments and quantiles, the histogram, what outliers cost, the channels."""
+    layout = ", stored [in, out]" if found.transposed else ""
     facts = [
-        ("shape", shape_text(found.shape)),
+        ("shape", shape_text(found.shape) + layout),
         ("stored as", f"{found.stored_as}, {found.bits_per_weight:.3f} bits per weight"),
         ("range", f"{found.minimum:.5g} to {found.maximum:.5g}"),
         ("mean", f"{found.mean:.5g}"),
         ("std", f"{found.std:.5g}"),
         ("outliers", f"{found.outlier_ratio:.4%} are more than {OUTLIER_SIGMAS} std from the mean"),
+        ("zeros", f"{found.zero_ratio:.4%}"),
     ]
+    if found.codes:
+        facts += _code_facts(found.codes)
     quantiles = [(name, f"{value:.4g}") for name, value in found.quantiles.items()]
     view: View = [
         f"{found.model}: {found.name}",
@@ -105,6 +118,8 @@ def tensor_view(found: TensorStats) -> View:
         Table((">quantile", ">value"), quantiles),
         _histogram(found),
     ]
+    if found.codes and len(found.codes.counts) <= MOST_CODES:
+        view.append(_codes(found.codes))
     if found.effective_bits:
         rows = [(str(e.bits), f"{e.tensor:.2f}", optional(e.group, ".2f")) for e in found.effective_bits]
         columns = (">bits", ">one scale per tensor", f">per group of {found.group_size}")
@@ -149,9 +164,28 @@ def _facts(found: Overview) -> list[tuple[str, str]]:
         share = found.quantized_parameters / found.parameters
         facts.append(("quantized", f"{share:.1%} of the parameters, at {found.bits_per_weight:.3f} bits per weight"))
         facts.append(("format", str(found.format)))
-        for use in found.schemes:
-            facts.append(("scheme", f"{use.scheme}, {plural(use.layers, 'layer')}, read by {use.readers}"))
+        facts += _scheme_facts(found)
     return facts + (_origin_facts(found.origin) if found.origin else [])
+
+
+def _scheme_facts(found: Overview) -> list[tuple[str, str]]:
+    facts = []
+    for use in found.schemes:
+        layers = plural(use.layers, "layer")
+        differs = use.bits_on_disk - use.bits_per_weight >= VISIBLE_BITS
+        bits = f", {use.bits_per_weight:.3f} bits per weight, {use.bits_on_disk:.3f} on disk" if differs else ""
+        facts.append(("scheme", f"{use.scheme}, {layers}{bits}, read by {use.readers}"))
+        if use.inputs:
+            facts.append(("inputs", f"{use.inputs}, {layers}"))
+        if use.outliers:
+            share = use.outliers / use.parameters
+            facts.append(("outliers", f"{share:.3%} of the weights are in 16 bits ({use.outliers:,}), {layers}"))
+    if len({use.readers for use in found.schemes}) > 1:
+        facts.append(("read by", f"{found.readers}, as a whole"))
+    if found.kv_cache:
+        layers = plural(found.kv_cache.layers, "layer")
+        facts.append(("KV cache", f"{found.kv_cache.stored_as}, with fixed scales for keys and values of {layers}"))
+    return facts
 
 
 def _origin_facts(origin: Origin) -> list[tuple[str, str]]:
@@ -174,6 +208,35 @@ def _histogram(found: TensorStats) -> Table:
     values, tallest = sum(n for _, _, n in bins), max(n for _, _, n in bins)
     rows = [(f"{low:.4g}", f"{high:.4g}", f"{n / values:.2%}", bar(n / tallest)) for low, high, n in bins]
     return Table((">from", ">to", ">share", ""), rows, "histogram, its first and last rows the tails")
+
+
+def _code_facts(found: CodeStats) -> list[tuple[str, str]]:
+    low, middle, high = (f"{value:.4g}" for value in (found.scale_minimum, found.scale_median, found.scale_maximum))
+    facts = [
+        ("scales", f"{found.scales:,}: {found.scale_kind}"),
+        ("", f"min {low}, median {middle}, max {high} in magnitude"),
+        (
+            "codes",
+            f"{found.codes_used} of {found.codes_available} values used, {found.entropy_bits:.2f} bits of entropy",
+        ),
+        ("saturated", f"{found.saturated_ratio:.4%} lie at an end of the range"),
+    ]
+    if found.negative_scales:
+        facts.insert(2, ("", f"{found.negative_scales / found.scales:.1%} of them are negative"))
+    if found.zero_point_minimum is not None:
+        facts.append(("zero points", f"{found.zero_point_minimum:g} to {found.zero_point_maximum:g}"))
+    if found.outliers:
+        kept = f"{found.outliers:,} weights ({found.outlier_share:.3%}) are in 16 bits beside the codes"
+        facts.append(("kept", f"{kept}, the largest {found.outlier_maximum:.4g}"))
+    if found.input_scale is not None:
+        facts.append(("input scale", f"{found.input_scale:.5g}, fixed"))
+    return facts
+
+
+def _codes(found: CodeStats) -> Table:
+    values, tallest = sum(n for _, n in found.counts), max(n for _, n in found.counts)
+    rows = [(f"{value:.4g}", f"{n / values:.2%}", bar(n / tallest)) for value, n in found.counts]
+    return Table((">code", ">share", ""), rows, "codes, as multiples of the scale")
 
 
 def _channels(title: str, channels: Channels) -> Table:

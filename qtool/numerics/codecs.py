@@ -156,7 +156,7 @@ class NF4:
 
     def encode(self, values: Tensor) -> Tensor:
         table = _nf4_values(values.device)
-        return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+        return torch.bucketize(values.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         return _nf4_values(codes.device)[codes.int()]

@@ -109,7 +109,7 @@ def _percent(share: float) -> str:
 def _left_alone(report: Report) -> Table:
     reasons: dict[str, list[int]] = defaultdict(list)
     for kept in report.kept:
-        reasons[kept.reason].append(kept.size_bytes)
+        reasons[kept.reason + (", changed by a transform" if kept.changed else "")].append(kept.size_bytes)
     rows = [(reason, str(len(sizes)), size(sum(sizes))) for reason, sizes in reasons.items()]
     return Table(("left alone", ">tensors", ">size"), rows)
 
@@ -120,6 +120,7 @@ def _verdict(report: Report) -> Table:
     facts = [
         ("model", f"{report.model} ({report.architecture})"),
         ("recipe", " + ".join([*report.transforms, report.method]) + f" {report.scheme}"),
+        *[("transforms", line) for line in _transforms(report)],
         *([("KV cache", f"{report.kv}, calibrated scales")] if report.kv else []),
         ("output", report.output),
         ("loads in", report.readers),
@@ -140,6 +141,18 @@ def _verdict(report: Report) -> Table:
     facts += [("note", note) for note in report.notes]
     facts += [("note", f"{layer.module}: {note}") for layer in report.layers for note in layer.notes]
     return Table(("", ""), facts)
+
+
+def _transforms(report: Report) -> list[str]:
+    """For each transform that scales inputs, how many layers it scaled, and why not the others."""
+    notes = [note.partition(": ") for layer in report.layers for note in layer.transforms]
+    lines = []
+    for name in dict.fromkeys(name for name, _, _ in notes):
+        whys = [note for other, _, note in notes if other == name]
+        counts = {why: whys.count(why) for why in ("best as it is", "nothing to fold into")}
+        others = "".join(f", {count} {why}" for why, count in counts.items() if count)
+        lines.append(f"{name} scaled the inputs of {len(whys) - sum(counts.values())} layers{others}")
+    return lines
 
 
 def _comparison(comparison: Tree) -> list[tuple[str, str]]:

@@ -43,7 +43,8 @@ class Solver:
     ) -> None:
         self.job, self.staged, self.device, self.progress, self.watch = job, staged, device, progress, watch
         self.architecture = job.architecture or LLAMA
-        self.scalings = [t for t in job.transforms if isinstance(t, ScaleTransform)]
+        named = dict(zip(job.recipe.transforms, job.transforms, strict=True))
+        self.scalings = {name: t for name, t in named.items() if isinstance(t, ScaleTransform)}
         self.biasings = [t for t in job.transforms if isinstance(t, BiasTransform)]
         self.notes: list[str] = []
         self.rows: TokenRows | None = None

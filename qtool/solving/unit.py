@@ -88,10 +88,11 @@ class UnitWork:
 
     def transform(self) -> None:
         """Let every transform scale every input that it can."""
-        for scaling in self.solver.scalings:
+        for transform, scaling in self.solver.scalings.items():
             for name, source in self.sources.items():
+                notes = self.scaled.setdefault(name, [])
                 if source.producer is None:
-                    self.scaled.setdefault(name, []).append("no transform: nothing to fold scales into")
+                    notes.append(f"{transform}: nothing to fold into")
                     continue
                 with self.solver.watch.stage("transform"):
                     share_I = sharing(self.parameters, source, self.job.checkpoint.config)
@@ -101,7 +102,7 @@ class UnitWork:
                     if found:
                         scale_I = fold(self.parameters, source, found.scale_I, self.solver.architecture, share_I)
                         self.moments[name] = self.moments[name].divided(scale_I)
-                    self.scaled.setdefault(name, []).append(found.note if found else "left as it was")
+                    notes.append(f"{transform}: {found.note if found else 'best as it is'}")
 
     def solve(self, group: list[str]) -> None:
         """The linears of one input."""

@@ -126,7 +126,8 @@ class Bench:
         out.parent.mkdir(parents=True, exist_ok=True)
         made = kept(out.with_name(out.name + ".run.json"), make)
         seen = kept(out.with_name(out.name + ".inspect.json"), lambda: qtool("inspect", str(out)))
-        return {**made, "bits_per_weight": seen["bits_per_weight"], **self.evaluate(out, self.model, "eval")}
+        evaluation = self.evaluate(out, self.model, "eval")
+        return {**evaluation, **made, "bits_per_weight": seen["bits_per_weight"]}  # the seconds of the making
 
     def evaluate(self, out: Path, baseline: Path, name: str) -> Figures:
         arguments = [str(out), "--baseline", str(baseline), "--data", self.evaluation, "--protocol", self.protocol]
