@@ -33,7 +33,7 @@ from qtool.estimate import FLOP_PER_S, PROCESS_BYTES
 from qtool.formats.weights import Weights
 from qtool.gather import CalibrateOptions, FromModel, Merge, Progress, Staged
 from qtool.memory import return_freed_memory
-from qtool.models.architectures import Architecture, architecture_of
+from qtool.models.architectures import Architecture, architecture_of, config_value
 from qtool.recipe import DataSpec
 from qtool.report.model import Stopwatch, peak_memory_bytes, versions
 
@@ -101,12 +101,12 @@ def describe(work: FromModel | Merge) -> dict[str, Any]:
     if isinstance(work, Merge):
         return {"merge": [str(part.path) for part in work.parts], **facts}
     config, shapes = work.checkpoint.config, work.source.shapes
-    context = int(config.get("max_position_embeddings") or 2048)
+    context = int(config_value(config, "max_position_embeddings") or 2048)
     tokens = (work.data.rows or 128) * (work.data.seqlen or min(context, 2048))
     of_block = [sum(prod(shape) for name, shape in shapes.items() if name.startswith(f"{b}.")) for b in work.blocks]
     widths = [source.features for source in next(iter(work.blocks.values()))]
     moments = sum(n * n for n in widths) if work.hessians else 0
-    hidden = tokens * int(config.get("hidden_size") or config.get("n_embd") or 0)
+    hidden = tokens * int(config_value(config, "hidden_size") or 0)
     everything = 4 * sum(map(prod, shapes.values())) if work.data.source == SELF else 0
     flop = 2 * tokens * (sum(of_block) + moments * len(work.blocks))
     return {

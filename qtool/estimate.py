@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
+from qtool.models.architectures import config_value
 from qtool.plan import Plan
 from qtool.recipe import DataSpec
 
@@ -22,14 +23,15 @@ def estimate(plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping
         largest = max(prod(info.shape) for info in [*(x.source for x in plan.linears), *(k.source for k in plan.kept)])
         return PROCESS_BYTES + 16 * largest, weights * SEARCH_S
     streams = 2 if "cross" in needs else 1
-    context = min(int(config.get("max_position_embeddings") or 2048), 2048)
+    context = min(int(config_value(config, "max_position_embeddings") or 2048), 2048)
     tokens = (data.rows or 128) * (data.seqlen or context)
-    hidden = tokens * int(config.get("hidden_size") or 0) * 4 * streams
+    hidden = tokens * int(config_value(config, "hidden_size") or 0) * 4 * streams
     blocks = [unit for unit in plan.units if unit.linears]
     block = max(sum(4 * prod(linear.shape) for linear in unit.linears) for unit in blocks) * streams
     inputs = {linear.shape[1] for linear in blocks[0].linears}
-    moments = sum(4 * n * n for n in inputs) * streams + 3 * 4 * max(inputs) ** 2
+    matrices = streams if "second" in needs else 0
+    moments = sum(4 * n * n for n in inputs) * matrices + (3 * 4 * max(inputs) ** 2 if matrices else 0)
     forward = 2 * weights * tokens * (2 if streams == 1 else 6)
-    solve = sum(6 * out * n * n + n**3 for out, n in shapes)
-    moment_flop = sum(2 * tokens * n * n for n in inputs) * len(blocks) * streams
+    solve = sum(6 * out * n * n + n**3 for out, n in shapes) if matrices else 0
+    moment_flop = sum(2 * tokens * n * n for n in inputs) * len(blocks) * matrices
     return PROCESS_BYTES + hidden + block + moments, weights * SEARCH_S + (forward + solve + moment_flop) / FLOP_PER_S

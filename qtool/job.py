@@ -12,7 +12,7 @@ from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import UsageError
 from qtool.estimate import estimate
-from qtool.formats import FORMATS, Format, format_for, get_format
+from qtool.formats import FORMATS, Format, format_for, get_format, least_capable
 from qtool.formats.weights import Source, Weights
 from qtool.headers import TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
@@ -159,7 +159,7 @@ def describe(job: Job) -> dict[str, Any]:
 
 def readers(job: Job) -> str:
     """Who loads the output: whoever loads its most unusual layer."""
-    return max({job.format.readers(linear.scheme) for linear in job.plan.linears}, key=len)
+    return least_capable({job.format.readers(linear.scheme) for linear in job.plan.linears})
 
 
 def _wanted(recipe: Recipe, method: Method, transforms: tuple[Transform, ...], schemes: Any) -> frozenset[str]:

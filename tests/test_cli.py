@@ -24,6 +24,7 @@ from qtool.cli.console import Console
 from qtool.cli.reference import reference
 from qtool.errors import UsageError
 from qtool.recipe import to_yaml
+from qtool.scheme import EXAMPLES
 
 ROOT = Path(__file__).parent.parent
 HELD = "\x1b"  # begins every escape sequence
@@ -195,15 +196,28 @@ def said(message, hint=None):
     return f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else "")
 
 
+def unstorable(scheme, cause, more):
+    """What a format says of a scheme that it does not have."""
+    of = r"`[\w.]+`"
+    return re.compile(
+        rf"error: {of} cannot be {scheme} in this output: {re.escape(cause)} \({more} more like it\)\n"
+        r"\nhint: .*`--format.*\n"
+    )
+
+
+CANNOT_RUN = re.compile(
+    r"error: unknown is of architecture `whoknows`, which qtool cannot run; it runs gemma2, .*, qwen3\n"
+    r"\nhint: .*`qtool quantize --method rtn` .*\n"
+)
+OWN_TEXT = said("rows that a model writes itself say nothing about its perplexity", "give a text")
 INTO = ["quantize", "m", "-o", "new"]
 KINDS = {
     "scheme": ([*INTO, "--scheme", "int4-g128-syn"], said(
         "unknown part of scheme `int4-g128-syn`: `syn`", "did you mean `sym` or `asym`?")),
     "scheme alias": ([*INTO, "--scheme", "w4a61"], said(
-        "unknown scheme `w4a61`", "did you mean `w4a16` or `w8a16`?")),
+        "unknown scheme `w4a61`", "did you mean `w4a16` or `w4a8`?")),
     "scheme, nothing near": ([*INTO, "--scheme", "zzz"], said(
-        "unknown scheme `zzz`",
-        "known: int4-g128-sym, int8-channel-sym, w4a16, w4a16-g64-asym, w3a16, w8a16, w2a16")),
+        "unknown scheme `zzz`", f"known: {', '.join(EXAMPLES)}")),
     "scheme, bits": ([*INTO, "--scheme", "int1-g128-sym"], said(
         "scheme `int1-g128-sym` asks for 1 bits: integer schemes have 2 to 8", "try `int4-g128-sym`")),
     "method": ([*INTO, "--method", "gtpq"], said("unknown method `gtpq`", "did you mean `gptq` or `gptaq`?")),
@@ -238,7 +252,7 @@ KINDS = {
     "layer without a pattern": ([*INTO, "--layer", "=w8a16"], said(
         "`--layer =w8a16` is not PATTERN=SCHEME", "for example `--layer '*.down_proj=w8a16'`")),
     "layer with no scheme": ([*INTO, "--layer", "*.down_proj=w8a61"], said(
-        "unknown scheme `w8a61`", "did you mean `w8a16` or `w4a16`?")),
+        "unknown scheme `w8a61`", "did you mean `w8a16` or `w8a8`?")),
     "recipe file": ([*INTO, "--recipe", "nope.yaml"], said(
         "cannot read recipe `nope.yaml`: No such file or directory")),
     "recipe file of no YAML": ([*INTO, "--recipe", "bad.yaml"], re.compile(
@@ -298,6 +312,111 @@ KINDS = {
     "strict": ([*INTO, *RTN, "--strict", "--ignore", "*.q_proj"], re.compile(
         r"error: `model\.layers\.0\.\*` are served as one layer but have several schemes: .*\n"
         r"\nhint: give them one scheme: .*\n")),
+    "rounding of inputs": ([*INTO, "--scheme", "fp8-e4m3-channel+fp8-e4m3-tokn"], said(
+        "unknown rounding of inputs in scheme `fp8-e4m3-channel+fp8-e4m3-tokn`: `fp8-e4m3-tokn`",
+        "did you mean `fp8-e4m3-token` or `fp8-e4m3-tensor`?")),
+    "rounding of inputs twice": ([*INTO, "--scheme", "nvfp4+int8-token"], said(
+        "scheme `nvfp4+int8-token` says twice how inputs are rounded", "leave one of them out")),
+    "outliers": ([*INTO, "--scheme", "int3-g64-sym+outliers-90%"], said(
+        "scheme `int3-g64-sym+outliers-90%`: outliers go with integer weights and are at most 20 % of them",
+        "for example `int3-g64-sym+outliers-0.5%`")),
+    "transform": ([*INTO, "--transform", "rotatoin"], said(
+        "unknown transform `rotatoin`", "did you mean `rotation`?")),
+    "several transforms": ([*INTO, "--transform", "smoothquant,awq"], said(
+        "`--transform smoothquant,awq` names several transforms",
+        "give each its own flag: `--transform smoothquant --transform awq`")),
+    "recipe key of a transform": ([*INTO, *RTN, "--transform", "rotation", "--set", "rotation.sede=1"], re.compile(
+        r"error: unknown recipe key `rotation\.sede`\n\nhint: did you mean `rotation\.seed`.*\?\n")),
+    "recipe key of a transform that is not used": ([*INTO, *RTN, "--set", "awq.gird=1"], re.compile(
+        r"error: unknown recipe key `awq\.gird`\n\nhint: did you mean `awq\.grid`.*\?\n")),
+    "recipe key of a method that is not used": ([*INTO, *RTN, "--set", "gptq.dampp=1"], re.compile(
+        r"error: unknown recipe key `gptq\.dampp`\n\nhint: did you mean `gptq\.damp`.*\?\n")),
+    "recipe value out of range": ([*INTO, *RTN, "--transform", "smoothquant", "--set", "smoothquant.strength=2"], said(
+        "smoothquant.strength=2.0 is not between 0 and 1", "leave it out to search")),
+    "cache": ([*INTO, *RTN, "--kv", "fp9"], said("unknown type of key/value cache `fp9`", "did you mean `fp8`?")),
+    "format of nothing known": ([*INTO, "--format", "gguf"], re.compile(
+        r"error: unknown format `gguf`\n\nhint: known: .*compressed-tensors, bitsandbytes, qtool\n")),
+    "rotation of gemma2": (["quantize", "gemma2", "-o", "new", *RTN, "--transform", "rotation"], said(
+        "gemma2 cannot take `rotation`: `gemma2` is not among the architectures that can be rotated: "
+        "llama, mistral, phi3, qwen2, qwen3", "leave `rotation` out")),
+    "rotation of gpt2": (["quantize", "gpt2", "-o", "new", *RTN, "--transform", "rotation"], said(
+        "gpt2 cannot take `rotation`: `gpt2` is not among the architectures that can be rotated: "
+        "llama, mistral, phi3, qwen2, qwen3", "leave `rotation` out")),
+    "transform of an unknown architecture": (["quantize", "unknown", "-o", "new", *RTN, "--transform", "awq"], CANNOT_RUN),
+    "cache of an unknown architecture": (["quantize", "unknown", "-o", "new", *RTN, "--kv", "fp8"], CANNOT_RUN),
+    "static inputs of an unknown architecture": (
+        ["quantize", "unknown", "-o", "new", "--method", "rtn", "--scheme", "w8a8-static"], CANNOT_RUN),
+    "cache in a format without": ([*INTO, "--method", "rtn", "--scheme", "nf4", "--kv", "fp8"], said(
+        "bitsandbytes has no place for how keys and values are rounded", "use `--format qtool`, or leave it out")),
+    "layers served as one": ([*INTO, *RTN, "--layer", "*.q_proj=w8a16"], said(
+        "`model.layers.0.*` are served as one layer but have several schemes: q_proj int8-channel-sym, "
+        "k_proj int4-g32-sym, v_proj int4-g32-sym (1 more like it)",
+        "give them one scheme: `--layer 're:(q_proj|k_proj|v_proj)$=int8-channel-sym'`")),
+    "nf4 in compressed-tensors": ([*INTO, "--method", "rtn", "--scheme", "nf4", "--format", "compressed-tensors"],
+        unstorable("nf4", "nf4 is not among the types of compressed-tensors", 13)),
+    "fp8-e5m2 in compressed-tensors": (
+        [*INTO, "--method", "rtn", "--scheme", "fp8-e5m2", "--format", "compressed-tensors"],
+        unstorable("fp8-e5m2-channel", "fp8-e5m2 is not among the types of compressed-tensors", 13)),
+    "integers in bitsandbytes": ([*INTO, *RTN, "--format", "bitsandbytes"],
+        unstorable("int4-g32-sym", "bitsandbytes stores nf4, nf4-dq and llm-int8", 13)),
+    "gpt2 in compressed-tensors": (["quantize", "gpt2", "-o", "new", *RTN, "--format", "compressed-tensors"], unstorable(
+        "int4-g32-sym", "its linears store their weight [in, out], which readers of compressed-tensors do not know", 7)),
+    "two kinds of bitsandbytes": ([*INTO, "--method", "rtn", "--scheme", "nf4", "--layer", "*.down_proj=llm-int8"], said(
+        "bitsandbytes holds either llm-int8 or nf4 in one checkpoint, not llm-int8 and nf4",
+        "use one of them for all layers, or `--format qtool`")),
+    "blocks": ([*INTO, "--method", "rtn", "--scheme", "fp8-block"], re.compile(
+        r"error: `model\.layers\.0\.mlp\.gate_proj\.weight` cannot use fp8-e4m3-block\+fp8-e4m3-g128: "
+        r"64 inputs are not a multiple of 128 \(11 more like it\)\n\nhint: .*`--\w+ .*`\n")),
+    **{f"inputs of {scheme}": (["quantize", "odd", "-o", "new", "--method", "rtn", "--scheme", scheme], re.compile(
+        rf"error: `model\.layers\.0\.mlp\.down_proj\.weight` cannot use {scheme}: "
+        rf"136 inputs are not a multiple of {multiple} \(1 more like it\)\n\nhint: .*`--\w+ '\*\.down_proj.*'`\n"))
+        for scheme, multiple in (("nvfp4a16", 16), ("nvfp4", 16), ("mxfp4", 32), ("mxfp8a16", 32), ("nf4", 64))},
+    "statistics that nothing uses": ([*INTO, *RTN, "--stats", "stats"], said(
+        "`rtn` with this scheme uses no statistics of the inputs, but --stats gives some",
+        "leave --stats out, or choose another --method or a --transform")),
+    "statistics for gptaq": ([*INTO, "--scheme", "int4-g32-sym", "--method", "gptaq", "--stats", "stats"], said(
+        "`gptaq` compares the float and the rounded model on the same rows: saved statistics do not do",
+        "give data instead of --stats, or use `--method gptq`")),
+    "statistics and data": ([*INTO, "--stats", "stats", "--data", "c.jsonl"], said(
+        "--data means nothing with --stats, which stand for the data", "leave --data or --stats out")),
+    "statistics and rows": ([*INTO, "--stats", "stats", "--no-pack"], said(
+        "--pack/--no-pack means nothing with --stats, which stand for the data",
+        "leave --pack/--no-pack or --stats out")),
+    "no statistics": ([*INTO, "--scheme", "int4-g32-sym", "--stats", "nope"], said(
+        "no such folder: nope", "make them: `qtool calibrate MODEL -o nope`")),
+    "statistics that are none": ([*INTO, "--scheme", "int4-g32-sym", "--stats", "m"], re.compile(
+        r"error: m holds no statistics\n\nhint: .*`qtool calibrate MODEL -o .*`\n")),
+    "data file for fixed scales": ([*INTO, "--scheme", "w8a8-static", "--method", "rtn", "--data", "nope.jsonl"], said(
+        "no such file or folder: nope.jsonl")),
+    "data file for a transform": ([*INTO, *RTN, "--transform", "awq", "--data", "nope.jsonl"], said(
+        "no such file or folder: nope.jsonl")),
+    "data file for a cache": ([*INTO, *RTN, "--kv", "fp8", "--data", "nope.jsonl"], said(
+        "no such file or folder: nope.jsonl")),
+    "evaluation on the model's own text": (
+        [*INTO, "--scheme", "int4-g32-sym", "--data", "self", "--eval", "self"], OWN_TEXT),
+    "eval-ppl on the model's own text": (["eval-ppl", "m", "--data", "self"], OWN_TEXT),
+    "one row per text of the model's own": (
+        [*INTO, "--scheme", "int4-g32-sym", "--data", "self", "--no-pack"], said(
+        "--no-pack means nothing with `--data self`", "leave --no-pack out")),
+    "recommendation into a folder": (["quantize", "m", "--recommend", "-o", "new"], said(
+        "--recommend chooses by itself and writes nothing: -o means nothing with it")),
+    "calibrate two models": (["calibrate", "m", "odd", "-o", "new"], said(
+        "2 models are given: m, odd", "to add up statistics, use --merge")),
+    "calibrate an unknown architecture": (["calibrate", "unknown", "-o", "new"], CANNOT_RUN),
+    "calibrate into nothing": (["calibrate", "m"], said(
+        "nowhere to write to", "give a folder with -o/--output, or look only with --dry-run")),
+    "calibrate into the model": (["calibrate", "m", "-o", "m"], re.compile(
+        r"error: \S*m is where the model itself is\n\nhint: give another folder with -o/--output\n")),
+    "calibrate with no data file": (["calibrate", "m", "-o", "new", "--data", "nope.txt"], said(
+        "no such file or folder: nope.txt")),
+    "calibrate into another format": (["calibrate", "m", "-o", "new", "--format", "imtrix"], said(
+        "unknown format `imtrix`", "did you mean `imatrix`?")),
+    "an imatrix into a folder": (["calibrate", "m", "-o", "new", "--format", "imatrix"], said(
+        "an imatrix is one file, not `new`", "give a name that ends in .gguf")),
+    "merge what is not there": (["calibrate", "--merge", "nope", "nein", "-o", "new"], said(
+        "no such folder: nope", "make them: `qtool calibrate MODEL -o nope`")),
+    "merge and data": (["calibrate", "--merge", "a", "b", "-o", "new", "--data", "c.jsonl"], said(
+        "--data means nothing with --merge, which reads no data", "leave --data out")),
     "the report exists": (["inspect", "m", "-o", "c.jsonl"], said("c.jsonl exists", EXISTS_HINT[6:-1])),
     "no column of views": (["inspect", "m", "--memory", "--tensor", "x"], said(
         "--memory and --tensor are different views", "ask for one at a time")),
@@ -339,6 +458,9 @@ def usage_errors(tmp_path_factory, make_model, calibration_text):
     for name in ("m", "unknown"):
         shutil.copytree(make_model(), folder / name)
     change_config(folder / "unknown", model_type="whoknows")
+    for name, model in (("gemma2", make_model("gemma2")), ("gpt2", make_model("gpt2")),
+                        ("odd", make_model(intermediate_size=136))):  # fmt: skip
+        shutil.copytree(model, folder / name)
     shutil.copy(calibration_text, folder / "c.jsonl")
     (folder / "pickled").mkdir()
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"x")
@@ -396,6 +518,21 @@ def test_help_and_usage_errors_start_fast_and_without_torch(here, arguments):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert best < 0.4  # seconds of a core: what it takes on a machine with nothing else to do
+
+
+# ---- what a hint says to type
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128-sym", "fp8-block", "nvfp4a16", "mxfp4", "nf4"])
+def test_what_the_hint_for_a_shape_says_can_be_typed(qtool, here, make_model, scheme):
+    shutil.copytree(make_model(intermediate_size=136), here / "odd")
+    model = "m" if scheme in ("int4-g128-sym", "fp8-block") else "odd"
+    words = ["quantize", model, "--method", "rtn", "--scheme", scheme, "--dry-run"]
+    refused = qtool(*words)
+    assert refused.code == 2
+    ways = re.findall(r"`(--[^`]+)`", refused.err.partition("\nhint: ")[2])
+    answers = [qtool(*words, *shlex.split(way)) for way in ways]
+    assert 0 in [answer.code for answer in answers], [answer.err for answer in answers]
 
 
 # ---- quantize
@@ -1030,6 +1167,134 @@ def test_a_traceback_is_shown_with_v_only(qtool, here, monkeypatch):
     verbose = qtool("quantize", "m", "-o", "out", *RTN, "-v")
     assert verbose.err.startswith("Traceback (most recent call last):\n")
     assert verbose.err.endswith("RuntimeError: boom\nerror: RuntimeError: boom\n")
+
+
+# ---- statistics that were saved before
+
+
+USING = {"gptq": ["--method", "gptq"], "awq": ["--method", "rtn", "--transform", "awq"],
+         "smoothquant": ["--method", "rtn", "--transform", "smoothquant"]}  # fmt: skip
+FROM_STATS = ["-o", "out", "--scheme", "int4-g32-sym", "--stats", "stats", "--no-progress"]
+
+
+@pytest.fixture
+def saved(qtool, here):
+    """`saved("--hessians")`: statistics of `m` in `stats`."""
+
+    def save(*arguments):
+        rows = ["--data", "c.jsonl", "--seqlen", "32", "--rows", "16", "-q"]
+        assert qtool("calibrate", "m", "-o", "stats", *rows, *arguments).code == 0
+
+    return save
+
+
+def test_statistics_of_another_model(qtool, here, saved):
+    saved("--hessians")
+    shutil.copytree("m", "other")
+    change_tensors("other", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    for words in USING.values():
+        failed(
+            qtool("quantize", "other", *FROM_STATS, *words),
+            "stats has statistics of another model: model.safetensors differs",
+            "`qtool calibrate MODEL -o STATS` makes those of this one",
+        )
+    assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m", "other", "stats"]
+
+
+@pytest.mark.parametrize("what", USING)
+def test_statistics_of_another_tokenizer(qtool, here, saved, what):
+    saved("--hessians")
+    shutil.copytree("m", "other")
+    file = here / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    ids = tokenizer["model"]["vocab"]
+    (a, x), (b, y) = sorted(ids.items(), key=lambda item: item[1])[-2:]
+    ids.update({a: y, b: x})
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    result = qtool("quantize", "other", *FROM_STATS, *USING[what])
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(
+        r"error: stats has statistics of another tokenizer: [^\n]+\n\nhint: [^\n]*`qtool calibrate MODEL -o [^\n]+\n",
+        result.err,
+    )
+    assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m", "other", "stats"]
+
+
+@pytest.mark.parametrize("what", USING)
+def test_statistics_without_second_moments(qtool, here, saved, what):
+    saved()
+    result = qtool("quantize", "m", *FROM_STATS, *USING[what])
+    failed(result, "stats has no second moments", "make them: `qtool calibrate MODEL -o stats --hessians`")
+    assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m", "stats"]
+
+
+def test_what_vectors_alone_do_for(qtool, here, saved):
+    saved()
+    for words in (["--scheme", "w8a8-static"], ["--kv", "fp8"]):
+        out = words[1]
+        result = qtool("quantize", "m", *FROM_STATS, "--method", "rtn", *words, "-o", out)
+        assert (result.code, result.err) == (0, "")
+        assert "calibration      c.jsonl, 16 rows, 512 tokens\n" in result.out
+        assert qtool("quantize", "m", *FROM_STATS, "--method", "rtn", *words, "-o", out).err == f"{out} is up to date\n"
+
+
+def test_statistics_of_the_model_before_its_rotation(qtool, here, saved):
+    saved("--hessians")
+    result = qtool("quantize", "m", *FROM_STATS, "--transform", "rotation")
+    assert result.all == (2, "", said(
+        "statistics of the model as it is do not fit it after `rotation`", "give data instead of --stats"
+    ))  # fmt: skip
+
+
+# ---- models that calibration cannot use
+
+
+READ_BY = {
+    "gptq": GPTQ,
+    "gptaq": [*GPTQ, "--method", "gptaq"],
+    "awq": [*GPTQ, "--method", "rtn", "--transform", "awq", "--transform", "smoothquant"],
+    "static": [*GPTQ, "--method", "rtn", "--scheme", "w8a8-static"],
+    "nvfp4": [*GPTQ, "--method", "rtn", "--scheme", "nvfp4", "--kv", "fp8"],
+}
+
+
+@pytest.mark.parametrize("what", READ_BY)
+def test_inputs_that_are_all_zero(qtool, here, what):
+    """Norm weights of zero: nothing can be said of the linears behind them."""
+    change_tensors("m", lambda tensors: tensors["model.layers.0.input_layernorm.weight"].zero_())
+    result = qtool("quantize", "m", "-o", "out", *READ_BY[what], "--no-progress")
+    assert (result.code, result.out) == (1, "")
+    zero = "error: the inputs of `model.layers.0.self_attn.q_proj` are zero for all 512 tokens of the calibration data"
+    assert re.fullmatch(re.escape(zero) + r"\n\nhint: .*`--ignore '.*'`\n", result.err)
+    assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m"]
+
+
+def test_what_the_hint_for_zero_inputs_says_works(qtool, here):
+    change_tensors("m", lambda tensors: tensors["model.layers.1.post_attention_layernorm.weight"].zero_())
+    refused = qtool("quantize", "m", "-o", "out", *GPTQ, "--no-progress")
+    assert refused.code == 1
+    way = re.search(r"`(--ignore '[^`]+')`", refused.err)[1]
+    result = qtool("quantize", "m", "-o", "out", *GPTQ, *shlex.split(way), "--no-progress")
+    assert (result.code, result.err) == (0, "")
+
+
+@pytest.mark.parametrize("what", READ_BY)
+def test_inputs_that_are_not_finite(qtool, here, what):
+    change_tensors("m", lambda tensors: tensors["model.layers.1.input_layernorm.weight"].fill_(3e38))
+    result = qtool("quantize", "m", "-o", "out", *READ_BY[what], "--no-progress")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(
+        "error: the inputs of `model.layers.1.self_attn.q_proj` are not finite on the calibration data\n"
+    )
+    assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m"]
+
+
+@pytest.mark.parametrize("what", READ_BY)
+def test_a_norm_that_is_not_finite(qtool, here, what):
+    change_tensors("m", lambda tensors: tensors["model.layers.1.input_layernorm.weight"].fill_(float("inf")))
+    result = qtool("quantize", "m", "-o", "out", *READ_BY[what], "--no-progress")
+    failed(result, "`model.layers.1.input_layernorm.weight` has 64 NaN or infinite values of 64", NAN_HINT)
+    assert sorted(p.name for p in here.iterdir()) == ["c.jsonl", "m"]
 
 
 # ---- gates

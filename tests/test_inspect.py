@@ -136,7 +136,7 @@ model.embed_tokens  BF16                  1  96 x 64  16.000  12.29 kB
 
 not quantized       why
 lm_head             ignored by `*lm_head`
-model.embed_tokens  in no group of the quantization_config
+model.embed_tokens  nothing in the quantization_config names it
 *.input_layernorm   a vector, not a matrix
 """
 

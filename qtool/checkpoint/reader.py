@@ -19,6 +19,7 @@ from qtool.errors import QtoolError, ReadError, UsageError
 from qtool.headers import DTYPE_BITS, TensorInfo
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 INDEX = "model.safetensors.index.json"
@@ -83,6 +84,17 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, copied out of the file."""
         return next(self.read_many([name]))[1]
+
+    def read_small(self, name: str) -> np.ndarray:
+        """A small tensor of a type that numpy has, such as a shape: without torch."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.root / self.tensors[name].file
+        try:
+            with safe_open(path, framework="np") as handle:
+                return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ReadError(f"cannot read {path}: {error}") from None
 
     def read_many(self, names: Iterable[str], as_float32: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors in the order of the names, in float32 if asked."""

@@ -151,6 +151,12 @@ def command(
         return 0
     for flag in (flag for flag, value in wishes.items() if value is not None):
         raise UsageError(f"{flag} means nothing without --recommend", "add --recommend")
+    rows_asked = {"--data": data, "--rows": rows, "--seqlen": seqlen, "--pack/--no-pack": pack, "--seed": seed}
+    for flag in (flag for flag, value in rows_asked.items() if stats and value is not None):
+        raise UsageError(f"{flag} means nothing with --stats, which stand for the data", f"leave {flag} or --stats out")
+    for names in (names for names in transform or [] if "," in names):
+        flags = " ".join(f"--transform {name.strip()}" for name in names.split(","))
+        raise UsageError(f"`--transform {names}` names several transforms", f"give each its own flag: `{flags}`")
     tree: dict[str, Any] = load_tree(recipe) if recipe else {}
     for assignment in assignments or []:
         set_key(tree, assignment)
@@ -172,8 +178,9 @@ def command(
     resolved = build(tree, [*METHODS, *TRANSFORMS])
     from qtool.evaluation.gates import check_spec
 
-    get_method(resolved.method, resolved.options.get(resolved.method, {}))
-    for name in resolved.transforms:
+    for name in [resolved.method, *sorted(set(METHODS) & resolved.options.keys())]:
+        get_method(name, resolved.options.get(name, {}))
+    for name in [*resolved.transforms, *sorted(set(TRANSFORMS) & resolved.options.keys())]:
         get_transform(name, resolved.options.get(name, {}))
     if resolved.eval:
         check_spec(resolved.eval, has_baseline=True)

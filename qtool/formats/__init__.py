@@ -7,6 +7,7 @@ and `kv_of`, and `readers` (who loads it). Never imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -95,3 +96,8 @@ def format_for(scheme: QuantScheme, transposed: bool = False) -> str:
     """
     candidates = [name for name in FORMATS if get_format(name).takes_transposed or not transposed]
     return next(name for name in candidates if get_format(name).problem(scheme) is None)
+
+
+def least_capable(readers: Iterable[str]) -> str:
+    """Of what formats say of their readers, that of the scheme which fewest load, or under most conditions."""
+    return min(readers, key=lambda text: ("vLLM" in text, "SGLang" in text, -len(text)))

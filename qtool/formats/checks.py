@@ -56,7 +56,7 @@ def read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     import json
 
     try:
-        value = json.loads(bytes(checkpoint.read(name).flatten().tolist()).decode())
+        value = json.loads(checkpoint.read_small(name).tobytes().decode())
     except ValueError as error:
         raise QtoolError(f"`{name}` in {checkpoint.path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):

@@ -228,7 +228,7 @@ def _packed_inputs(checkpoint: Checkpoint, module: str) -> int:
     info = header(checkpoint, module, SHAPE, PACKED, 1)
     if info.shape != (2,) or info.dtype != "I64":
         raise QtoolError(f"`{info.name}` in {checkpoint.path} is {info.dtype} {info.shape}, not I64 (2,)")
-    return int(checkpoint.read(info.name)[1])
+    return int(checkpoint.read_small(info.name)[1])
 
 
 def _is_whole(scheme: QuantScheme) -> bool:

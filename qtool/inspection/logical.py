@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, ReadError
 from qtool.formats.weights import Weights
 from qtool.headers import DTYPE_BITS, TensorInfo
-from qtool.models.architectures import ARCHITECTURES, LLAMA
+from qtool.models.architectures import ARCHITECTURES, LLAMA, text_config
 from qtool.scheme import KV_SCHEMES, QuantScheme
 
 CACHE_SCALES = (".k_scale", ".v_scale")
-SPELLINGS = {  # what the older architectures call these keys of config.json
-    "num_hidden_layers": ("n_layer",), "hidden_size": ("n_embd",), "intermediate_size": ("n_inner", "ffn_dim"),
-    "num_attention_heads": ("n_head",), "max_position_embeddings": ("n_positions",),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,18 +100,6 @@ def cache_type(weights: Weights) -> str | None:
 def is_float(dtype: str) -> bool:
     """Whether a type, as safetensors spells it, is one of weights."""
     return dtype.startswith(("F", "BF"))
-
-
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that describes the language model."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
-
-
-def config_value(config: dict[str, Any], key: str) -> Any:
-    """What a config.json says of the language model, by transformers' usual name for it; None where it does not."""
-    known = text_config(config)
-    return next((known[name] for name in (key, *SPELLINGS.get(key, ())) if known.get(name) is not None), None)
 
 
 def tied_pair(checkpoint: Checkpoint) -> tuple[str, str] | None:

@@ -21,12 +21,11 @@ from qtool.headers import WEIGHT_DTYPES
 from qtool.inspection.logical import (
     Entry,
     cache_type,
-    config_value,
     entries,
     is_float,
     open_weights,
-    text_config,
 )
+from qtool.models.architectures import config_value, text_config
 from qtool.plan import matches
 from qtool.recipe import DEFAULT_IGNORE
 from qtool.scheme import QuantScheme

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.formats import Format
+from qtool.formats import Format, least_capable
 from qtool.formats.weights import Weights
 from qtool.headers import kind_of
 from qtool.inspection.logical import (
@@ -25,12 +25,12 @@ from qtool.inspection.logical import (
     Entry,
     cache_scales,
     cache_type,
-    config_value,
     entries,
     is_float,
     open_weights,
     tied_pair,
 )
+from qtool.models.architectures import config_value
 from qtool.scheme import ActivationScheme, QuantScheme
 
 COMPONENTS = (  # the first pattern that a module's name matches; a norm may lie inside attention
@@ -219,11 +219,6 @@ def described_inputs(scheme: ActivationScheme) -> str:
     if scheme.threshold is not None:
         text += f", but for columns that reach {scheme.threshold:g}"
     return text + (", under a fixed one (static)" if scheme.is_static else " (dynamic)")
-
-
-def least_capable(readers: Iterable[str]) -> str:
-    """Of what formats say of their readers, that of the scheme which fewest load, or under most conditions."""
-    return min(readers, key=lambda text: ("vLLM" in text, "SGLang" in text, -len(text)))
 
 
 def _kv_cache(weights: Weights) -> CacheScales | None:

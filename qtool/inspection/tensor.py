@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, unknown
+from qtool.formats.weights import check_finite
 from qtool.inspection.codes import CodeStats, code_stats, read_packed
 from qtool.inspection.logical import entries, open_weights
 
@@ -96,7 +97,9 @@ def tensor_stats(checkpoint: Checkpoint, name: str) -> TensorStats:
         raise QtoolError(f"`{name}` in {checkpoint.path} has no values: its shape is {list(entry.shape)}")
     packed = read_packed(weights, entry.module) if entry.scheme else None
     if packed:
-        values = packed.dequantize().numpy()  # [out, in]
+        dense_OI = packed.dequantize()
+        check_finite(name, dense_OI)
+        values = dense_OI.numpy()
     else:
         values = weights.read([name])[name].numpy()
         values = values.T if entry.transposed else values

@@ -14,6 +14,11 @@ from typing import Any
 
 from qtool.errors import UsageError
 
+SPELLINGS = {  # what the older architectures call these keys of config.json
+    "num_hidden_layers": ("n_layer",), "hidden_size": ("n_embd",), "intermediate_size": ("n_inner", "ffn_dim"),
+    "num_attention_heads": ("n_head",), "max_position_embeddings": ("n_positions",),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Input:
@@ -170,3 +175,15 @@ def architecture_of(config: Mapping[str, Any], root: Path) -> Architecture:
         for source in architecture.inputs
     )
     return replace(architecture, inputs=inputs)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def config_value(config: Mapping[str, Any], key: str) -> Any:
+    """What a config.json says of the language model, by transformers' usual name for it; None where it does not."""
+    known = text_config(config)
+    return next((known[name] for name in (key, *SPELLINGS.get(key, ())) if known.get(name) is not None), None)

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtool.errors import QtoolError
-from qtool.models.architectures import Input
-
-HEADS = ("num_attention_heads", "n_head")  # what config.json calls the number of query heads
+from qtool.models.architectures import Input, config_value
 
 
 def producer_rows(source: Input, config: Mapping[str, Any], out_features: int, in_features: int) -> list[int]:
@@ -23,7 +21,7 @@ def producer_rows(source: Input, config: Mapping[str, Any], out_features: int, i
     elif source.rows == "second-half":
         rows = range(out_features // 2, out_features)
     else:
-        heads = next((int(config[key]) for key in HEADS if config.get(key)), 0)
+        heads = int(config_value(config, "num_attention_heads") or 0)
         rows = _value_rows(source.rows == "value-of-each-head", heads, out_features, in_features)
     if len(rows) != in_features:
         raise QtoolError(

@@ -17,8 +17,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qtool.headers import TensorInfo
-from qtool.models.architectures import Architecture, Input
-from qtool.models.producers import HEADS, producer_rows
+from qtool.models.architectures import Architecture, Input, config_value
+from qtool.models.producers import producer_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +174,7 @@ class RotatedSource:
         width = self.shapes[f"{self.architecture.embedding}.weight"][1]
         made = {STREAM: make(width, self.options.seed)}
         if self.options.heads:
-            heads = next(int(self.config[key]) for key in HEADS if self.config.get(key))
+            heads = int(config_value(self.config, "num_attention_heads"))
             each = next(each for each in self.architecture.inputs if each.rows == "value")
             reader = next(name for name in self.changes if name.endswith(f".{each.linears[0]}.weight"))
             made[HEAD] = make(self.shapes[reader][1] // heads, self.options.seed + 1)
