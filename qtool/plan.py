@@ -211,12 +211,17 @@ def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) 
             by_cause.setdefault((str(linear.scheme), cause), []).append(linear)
     for (scheme, cause), members in by_cause.items():
         problems.append(f"`{members[0].source.name}` cannot use {scheme}: {cause}{_more(members)}")
-        kind = members[0].module.rpartition(".")[2]
+        kinds = "|".join(dict.fromkeys(member.module.rpartition(".")[2] for member in members))
+        pattern = f"re:({kinds})$" if "|" in kinds else f"*.{kinds}"
         inputs, wanted = members[0].shape[-1], members[0].scheme
         divisor = inputs & -inputs  # the largest power of two that divides
         usable = wanted.kind == "int" and wanted.group_size and 16 <= divisor < wanted.group_size
         smaller = f", or use `--scheme {dataclasses.replace(wanted, group_size=divisor)}`" if usable else ""
-        hints.append(f"give these layers another scheme: `--layer '*.{kind}=int8-channel-sym'`{smaller}")
+        if wanted.kind in ("nf4", "nf4-dq"):  # their format has nothing that fits every shape
+            hints.append(f"leave these layers as they are: `--ignore '{pattern}'`")
+            continue
+        instead = "fp8-dynamic" if wanted.kind == "fp8-e4m3" else "int8-channel-sym"
+        hints.append(f"give these layers another scheme: `--layer '{pattern}={instead}'`{smaller}")
 
 
 def _check_storable(

@@ -91,7 +91,7 @@ def build(tree: Mapping[str, Any], with_options: typing.Iterable[str]) -> Recipe
     tree, names = dict(tree), tuple(with_options)
     options = {name: dict(_mapping(name, tree.pop(name) or {})) for name in names if name in tree}
     if "options" in tree:
-        raise unknown("recipe key", "options", names)
+        raise UsageError("unknown recipe key `options`", f"options stand under their owner's name: {', '.join(names)}")
     recipe: Recipe = _from_tree(Recipe, tree, "", extra=names)
     if recipe.kv is not None and recipe.kv not in KV_SCHEMES:
         raise unknown("type of key/value cache", recipe.kv, KV_SCHEMES)

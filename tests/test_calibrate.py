@@ -433,9 +433,10 @@ def test_other_models_tokenizers_and_damage_are_refused(
         SavedStats(saved, Checkpoint(moved))
     stats = SavedStats(saved)
     identity = Checkpoint(model).identity()
-    stats.check(identity, Tokenizer(model, 320).sha256)
+    stats.check(identity)
+    stats.check_tokenizer(Tokenizer(model, 320).sha256)
     with pytest.raises(QtoolError, match="statistics of another tokenizer"):
-        stats.check(identity, "0" * 64)
+        stats.check_tokenizer("0" * 64)
     damaged = shutil.copytree(saved, tmp_path / "damaged")
     content = bytearray((damaged / "stats.safetensors").read_bytes())
     content[-2] ^= 64

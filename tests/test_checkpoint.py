@@ -25,8 +25,9 @@ from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
 from qtool.checkpoint.writer import JOURNAL, StagedOutput, partial_path
 from qtool.errors import QtoolError, UsageError
 from qtool.headers import TensorInfo
+from qtool.job import prepare
 from qtool.methods import METHODS
-from qtool.pipeline import RunOptions, prepare, quantize
+from qtool.pipeline import RunOptions, quantize
 from qtool.recipe import build
 
 MakeModel = Callable[..., Path]

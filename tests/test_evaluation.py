@@ -21,8 +21,9 @@ from qtool.evaluation.evaluate import evaluate
 from qtool.evaluation.gates import check_gates, check_spec, parse_increase
 from qtool.evaluation.protocols import eval_rows, hidden_positions, scored_bytes, targets
 from qtool.formats.weights import Weights
+from qtool.job import prepare
 from qtool.methods import METHODS
-from qtool.pipeline import RunOptions, prepare, quantize
+from qtool.pipeline import RunOptions, quantize
 from qtool.recipe import DataSpec, EvalSpec, build
 
 BOS = 1

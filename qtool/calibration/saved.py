@@ -122,8 +122,8 @@ class SavedStats:
             known = [FileIdentity(**file) for file in manifest["source_files"]]
             self.check(checkpoint.identity(known))
 
-    def check(self, model: Iterable[FileIdentity], tokenizer_sha256: str | None = None) -> None:
-        """Raises QtoolError unless the statistics are those of this model, and of this tokenizer if one is given.
+    def check(self, model: Iterable[FileIdentity]) -> None:
+        """Raises QtoolError unless the statistics are those of this model.
 
         Of the files only those count that were recorded: weights and config.json.
         """
@@ -131,8 +131,12 @@ class SavedStats:
         differs = first_difference(saved, {name: given.get(name) for name in {**saved, **_weights(given)}})
         if differs:
             raise self._other("model", f"{differs.partition(' was ')[0]} differs")
-        if tokenizer_sha256 is not None and tokenizer_sha256 != self.manifest["tokenizer_sha256"]:
-            raise self._other("tokenizer", f"its vocabulary was {self.manifest['tokenizer_sha256'][:12]} ...")
+
+    def check_tokenizer(self, sha256: str) -> None:
+        """Raises QtoolError unless the statistics are of text in the tokens of this vocabulary."""
+        if sha256 != self.manifest["tokenizer_sha256"]:
+            was = self.manifest["tokenizer_sha256"]
+            raise self._other("tokenizer", f"its vocabulary was {was[:12]} and is now {sha256[:12]}")
 
     def _other(self, what: str, why: str) -> QtoolError:
         hint = "`qtool calibrate MODEL -o STATS` makes those of this one"

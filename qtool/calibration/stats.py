@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError
+from qtool.plan import unit_of
 
 LARGE = 6.0  # an input of this magnitude is an outlier (LLM.int8(), arXiv 2208.07339, sec. 3.1)
 VECTORS, SECOND, CROSS = "vectors", "second", "cross"  # what may be asked for
@@ -132,11 +133,14 @@ class InputStats:
             vectors = Vectors(self.channels.absmax_I, mean, mean_abs)
         moments = Moments(self.second_II, self.cross_II, self.tokens, vectors, square)
         if not torch.isfinite(moments.diagonal_I).all():
-            raise QtoolError(f"the inputs of `{name}` are not finite on the calibration data")
+            raise QtoolError(
+                f"the inputs of `{name}` are not finite on the calibration data",
+                "something before it overflows: see whether `qtool eval-ppl MODEL` gives a finite loss",
+            )
         if not moments.diagonal_I.any():
             raise QtoolError(
                 f"the inputs of `{name}` are zero for all {self.tokens} tokens of the calibration data",
-                f"give more varied data, or leave it alone with `--ignore '{name}'`",
+                f"give more varied data, or leave its block alone with `--ignore '{unit_of(name)}.*'`",
             )
         return moments
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import signal
 import sys
 import warnings
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -51,7 +53,14 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     sys.exit(run(sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    state.interrupted = True
+    signal.default_int_handler(number, frame)
 
 
 def run(arguments: list[str]) -> int:
@@ -61,6 +70,7 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\b.*")
+    state.interrupted = False
     # a usage error can come before the command has said how it wants to be told
     in_json = "--log-format=json" in arguments or ("--log-format", "json") in itertools.pairwise(arguments)
     state.open_console(log_format="json" if in_json else "text")
@@ -86,6 +96,8 @@ def run(arguments: list[str]) -> int:
             )
         return state.console.error(error)
     except Exception as error:
+        if state.interrupted:  # torch 2.13 makes a ValueError of what arrives while safetensors 0.8 reads
+            return state.console.error(KeyboardInterrupt())
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of typer
             context = getattr(error, "ctx", None)
             if type(error).__name__ == "NoArgsIsHelpError":

@@ -30,7 +30,9 @@ def command(
     ] = None,
     transform: Annotated[
         list[str] | None,
-        typer.Option("--transform", help=f"Done to the weights before, in this order: {', '.join(TRANSFORMS)}."),
+        typer.Option(
+            "--transform", metavar="NAME", help=f"Done to the weights before, in this order: {', '.join(TRANSFORMS)}."
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", help=f"Which codes are chosen: {', '.join(METHODS)}.")
@@ -55,7 +57,9 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Calibration text: python-docs, a file, a folder, or a data set id (org/name:config)."
+            "--data",
+            help="Calibration text: python-docs, a file, a folder, a data set id (org/name:config), or self: "
+            "what the model writes by itself.",
         ),
     ] = None,
     stats: Annotated[
@@ -131,6 +135,8 @@ def command(
     \b
     qtool quantize ./llama -o ./llama-w4 --scheme w4a16 --data code.jsonl
     qtool quantize ./llama -o ./llama-w4 --eval wiki.txt --max-ppl-increase 1%
+    qtool quantize ./llama -o ./llama-fp8 --scheme fp8-dynamic --method rtn --kv fp8
+    qtool quantize ./llama --recommend --engine vllm --memory 24GB
     """
     console = state.open_console(
         as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format, resumable=True

@@ -7,6 +7,7 @@ from typing import Any
 from qtool.cli.console import Console
 
 console = Console()
+interrupted = False  # whether Ctrl-C was pressed: what it raises may come out as another exception
 
 
 def open_console(**options: Any) -> Console:

@@ -55,6 +55,9 @@ class Solver:
         wanted = {unit.name for unit in undone if unit.linears} if self.job.needs_data else set()
         if wanted:
             self._run_blocks(wanted, batch_tokens)
+        if self.job.stats and undone:
+            root, config = self.job.checkpoint.root, self.job.checkpoint.config
+            self.job.stats.check_tokenizer(Tokenizer(root, int(config["vocab_size"])).sha256)
         if self.job.stats and self.job.follows_rounding:
             self.notes.append(
                 f"{self.job.recipe.method} worked with saved statistics, which are those of the float model: "
