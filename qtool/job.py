@@ -12,7 +12,7 @@ from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import UsageError
 from qtool.estimate import estimate
-from qtool.formats import FORMATS, Format, format_for, get_format, least_capable
+from qtool.formats import Format, format_for, get_format, least_capable
 from qtool.formats.weights import Source, Weights
 from qtool.headers import TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
@@ -95,8 +95,13 @@ def prepare(model: str, recipe: Recipe) -> Job:
     if recipe.eval:
         check_source(recipe.eval.data)
     changes: dict[str, Any] = {}
-    for name, transform in zip(recipe.transforms, transforms, strict=True):
+    for place, (name, transform) in enumerate(zip(recipe.transforms, transforms, strict=True)):
         if isinstance(transform, SourceTransform):
+            if place:
+                raise UsageError(
+                    f"`{name}` changes the model before anything is measured: it comes before `{recipe.transforms[0]}`",
+                    f"`--transform {name}` first",
+                )
             problem = transform.problem(architecture, checkpoint.config)
             if problem:
                 raise UsageError(f"{checkpoint.path} cannot take `{name}`: {problem}", f"leave `{name}` out")
@@ -114,7 +119,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
         format.layout,
         known.fused(),
         solvable,
-        storable=lambda scheme: _problem(format, scheme, known),
+        storable=lambda linear: _problem(format, linear, known),
         transposed=known.is_block_linear if known.transposed else None,
         added=[*source.added, *_kv_scales(checkpoint, recipe, architecture)],
     )
@@ -169,17 +174,21 @@ def _wanted(recipe: Recipe, method: Method, transforms: tuple[Transform, ...], s
 
 
 def _format_name(recipe: Recipe, architecture: Architecture) -> str:
-    """The format asked for, or the one that stores the scheme whose demands are the most unusual."""
+    """The format asked for, or the first that can store every scheme."""
     if recipe.format != "auto":
         return recipe.format
     schemes = [QuantScheme.parse(text) for text in (recipe.scheme, *recipe.layers.values())]
-    return max((format_for(scheme, architecture.transposed) for scheme in schemes), key=list(FORMATS).index)
+    return format_for(schemes, architecture.transposed)
 
 
-def _problem(format: Format, scheme: QuantScheme, architecture: Architecture) -> str | None:
+def _problem(format: Format, linear: Linear, architecture: Architecture) -> str | None:
+    """Why a format cannot store a linear, or None."""
     if architecture.transposed and not format.takes_transposed:
         return f"its linears store their weight [in, out], which readers of {format.name} do not know"
-    return format.problem(scheme)
+    tables = [name for part in (architecture.embedding, *architecture.before) for name in architecture.spellings(part)]
+    if linear.module in tables and format.name != "qtool":
+        return f"it is an embedding, which readers of {format.name} load as it is"
+    return format.problem(linear.scheme)
 
 
 def _architecture(checkpoint: Checkpoint, recipe: Recipe, data: bool, transforms: bool) -> Architecture | None:

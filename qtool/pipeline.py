@@ -21,6 +21,7 @@ from qtool.recipe import Recipe, to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
+ADDED = "was tied to the embedding, and is a tensor of its own now"
 OWN_FILES = {MANIFEST, "config.json", "quantize_config.json"}
 SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial"}
 
@@ -155,6 +156,7 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         KeptRecord(k.source.name, k.source.dtype, k.source.size_bytes, k.reason, k.source.name in changed)
         for k in job.plan.kept
     ]
+    kept += [KeptRecord(i.name, i.dtype, i.size_bytes, ADDED, changed=True) for i in job.source.added]
     unasked = [k for k in job.plan.kept if not k.asked]
     notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
     on_disk = job.plan.bits_on_disk

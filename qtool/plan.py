@@ -19,6 +19,7 @@ from qtool.recipe import DEFAULT_IGNORE, Recipe
 from qtool.scheme import QuantScheme
 
 OUTSIDE = "outside the blocks"
+MASK = "a mask, not a weight"
 SHARD_BYTES = 5_000_000_000
 Layout = Callable[[str, QuantScheme, tuple[int, ...], str], list[TensorInfo]]
 
@@ -49,6 +50,10 @@ class Kept:
     source: TensorInfo
     reason: str
     asked: bool
+
+    @property
+    def is_mask(self) -> bool:
+        return self.reason == MASK
 
 
 @dataclass(frozen=True)
@@ -99,12 +104,12 @@ def make_plan(
     layout: Layout,
     fused: Iterable[tuple[str, ...]] = (),
     solvable: Callable[[str], bool] | None = None,
-    storable: Callable[[QuantScheme], str | None] | None = None,
+    storable: Callable[[Linear], str | None] | None = None,
     transposed: Callable[[str], bool] | None = None,
     added: Iterable[TensorInfo] = (),
 ) -> Plan:
     """The plan for a checkpoint's headers. `fused` names linears (relative to a block) that are served as one;
-    `solvable` says which modules the method can work on, `storable` why the format cannot store a scheme, if so,
+    `solvable` says which modules the method can work on, `storable` why the format cannot store a linear, if so,
     `transposed` which modules store their weight [in, out]. `added` are tensors that the source does not have.
     Raises UsageError with every problem in it."""
     problems: list[str] = []
@@ -131,10 +136,10 @@ def make_plan(
     _check_patterns(recipe, modules, linears, problems, hints)
     _check_shapes(linears, problems, hints)
     if storable:
-        _check_storable(linears, storable, recipe.format, problems, hints)
+        _check_storable(linears, storable, problems, hints)
     if solvable:
         _check_solvable([x for x in linears if not solvable(x.module)], recipe.method, problems, hints)
-    _check_fused(linears, tuple(fused), problems, hints)
+    _check_fused(linears, tuple(fused), set(modules), problems, hints)
     if not linears and not problems:
         problems.append("no tensor of this checkpoint is a linear layer to quantize")
     unasked = [k for k in kept if not k.asked]
@@ -170,7 +175,7 @@ def _why_kept(info: TensorInfo, ignore: Iterable[str]) -> Kept | None:
     if len(info.shape) < 2:
         return Kept(info, "a vector, not a matrix", True)
     if info.name.endswith("bias"):
-        return Kept(info, "a mask, not a weight", True)
+        return Kept(info, MASK, True)
     if len(info.shape) > 2:
         return Kept(info, f"{len(info.shape)}-D tensors are not supported", False)
     if module == info.name:
@@ -226,17 +231,22 @@ def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) 
 
 def _check_storable(
     linears: list[Linear],
-    storable: Callable[[QuantScheme], str | None],
-    format: str,
+    storable: Callable[[Linear], str | None],
     problems: list[str],
     hints: list[str],
 ) -> None:
-    for scheme in dict.fromkeys(linear.scheme for linear in linears):
-        cause = storable(scheme)
+    by_cause: dict[str, list[Linear]] = {}
+    for linear in linears:
+        cause = storable(linear)
         if cause:
-            members = [linear for linear in linears if linear.scheme == scheme]
-            problems.append(f"`{members[0].module}` cannot be {scheme} in this output: {cause}{_more(members)}")
-            hints.append("choose one `--format` that stores every scheme of the recipe, or another scheme")
+            by_cause.setdefault(cause, []).append(linear)
+    for cause, members in by_cause.items():
+        first = members[0]
+        problems.append(f"`{first.module}` cannot be {first.scheme} in this output: {cause}{_more(members)}")
+        hints.append(
+            "choose one `--format` that stores every scheme of the recipe, another scheme, "
+            f"or leave it alone with `--ignore '{first.module}'`"
+        )
 
 
 def _check_solvable(unsolvable: list[Linear], method: str, problems: list[str], hints: list[str]) -> None:
@@ -247,7 +257,11 @@ def _check_solvable(unsolvable: list[Linear], method: str, problems: list[str], 
 
 
 def _check_fused(
-    linears: list[Linear], fused: tuple[tuple[str, ...], ...], problems: list[str], hints: list[str]
+    linears: list[Linear],
+    fused: tuple[tuple[str, ...], ...],
+    modules: set[str],
+    problems: list[str],
+    hints: list[str],
 ) -> None:
     found = {linear.module: linear.scheme for linear in linears}
     layers = {
@@ -257,7 +271,10 @@ def _check_fused(
         for member in group
         if linear.module.endswith("." + member)
     }
-    all_schemes = [(prefix, {member: found.get(prefix + member) for member in group}) for prefix, group in layers]
+    all_schemes = [  # of the members that the model has
+        (prefix, {member: found.get(prefix + member) for member in group if prefix + member in modules})
+        for prefix, group in layers
+    ]
     differing = [(prefix, schemes) for prefix, schemes in all_schemes if len(set(schemes.values())) > 1]
     if differing:
         prefix, schemes = differing[0]

@@ -93,6 +93,9 @@ def build(tree: Mapping[str, Any], with_options: typing.Iterable[str]) -> Recipe
     if "options" in tree:
         raise UsageError("unknown recipe key `options`", f"options stand under their owner's name: {', '.join(names)}")
     recipe: Recipe = _from_tree(Recipe, tree, "", extra=names)
+    twice = next((name for name in recipe.transforms if recipe.transforms.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"transform `{twice}` is given twice", "once is enough")
     if recipe.kv is not None and recipe.kv not in KV_SCHEMES:
         raise unknown("type of key/value cache", recipe.kv, KV_SCHEMES)
     layers = {pattern: str(QuantScheme.parse(scheme)) for pattern, scheme in recipe.layers.items()}

@@ -119,7 +119,12 @@ class QuantScheme:
             if match := re.fullmatch(r"outliers-(\d+(?:\.\d*)?)%", extra):
                 scheme = replace(scheme, outliers=float(match[1]) / 100)
             elif scheme.activations is not None or scheme.kind in WITH_OWN_ACTIVATIONS:
-                raise UsageError(f"scheme `{text}` says twice how inputs are rounded", "leave one of them out")
+                hint = f"leave `+{extra}` out"
+                if scheme.kind in WITH_OWN_ACTIVATIONS:
+                    raise UsageError(
+                        f"scheme `{text}`: inputs of {scheme.kind} are rounded as that, or not at all", hint
+                    )
+                raise UsageError(f"scheme `{text}` says twice how inputs are rounded", hint)
             else:
                 scheme = replace(scheme, activations=ActivationScheme.parse(extra, text))
         if scheme.outliers and (scheme.kind != "int" or not 0 < scheme.outliers <= 0.2):
@@ -142,11 +147,6 @@ class QuantScheme:
         elif self.activations and self.kind != "llm-int8":
             text += f"+{self.activations}"
         return text + (f"+outliers-{100 * self.outliers:g}%" if self.outliers else "")
-
-    @property
-    def weights_only(self) -> QuantScheme:
-        """The same without rounding of inputs."""
-        return replace(self, activations=None)
 
     def groups(self, in_features: int) -> int:
         """How many scales one row of `in_features` weights has."""
@@ -241,7 +241,7 @@ def _integer(weights: str, text: str) -> QuantScheme:
         elif re.fullmatch(r"g[1-9]\d*", part):
             granularity, group_size = "group", int(part[1:])
         else:
-            known = ("sym", "asym", "tensor", "channel", "g32", "g64", "g128")
+            known = ("sym", "asym", "tensor", "channel", "g32", "g64", "g128", "static")
             raise unknown(f"part of scheme `{text}`:", part, known)
     activations = ActivationScheme("int", input_bits, "token") if input_bits != 16 else None
     return QuantScheme(bits, granularity, group_size, symmetric, "int", activations)

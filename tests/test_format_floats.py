@@ -459,11 +459,11 @@ def test_a_damaged_checkpoint_is_an_error_that_says_where(tmp_path: Path, damage
 
 def test_which_format_stores_what() -> None:
     for text in STORED:
-        assert format_for(QuantScheme.parse(text)) == "compressed-tensors"
+        assert format_for([QuantScheme.parse(text)]) == "compressed-tensors"
     for text in OWN_ONLY:
-        assert format_for(QuantScheme.parse(text)) == "qtool"
+        assert format_for([QuantScheme.parse(text)]) == "qtool"
     for text in OF_BITSANDBYTES:
-        assert format_for(QuantScheme.parse(text)) == "bitsandbytes"
+        assert format_for([QuantScheme.parse(text)]) == "bitsandbytes"
     problem = get_format("compressed-tensors").problem(QuantScheme.parse("fp8-e5m2-channel"))
     assert problem == "fp8-e5m2 is not among the types of compressed-tensors"
     assert "outliers" in (FORMAT.problem(QuantScheme.parse(OUTLIERS)) or "")

@@ -209,7 +209,7 @@ def test_inputs_that_are_always_zero() -> None:
     for order in ("activation", "natural"):
         for damp in (0.0, 0.01):
             solved = GPTQ(order=order, damp=damp).solve(weight, grid("int4-g32-sym"), Moments(second))
-            assert solved.notes == ["4 of 96 inputs are always zero on the calibration data"]
+            assert solved.notes == []
             params = solved.weight.params
             alone = grid("int4-g32-sym").encode(weight, params)[:, dead]
             assert torch.equal(solved.weight.codes[:, dead], alone), (
@@ -223,7 +223,7 @@ def test_inputs_that_are_always_zero() -> None:
 def test_nothing_but_dead_inputs_is_rounding() -> None:
     weight = make_weight()
     solved = GPTQ().solve(weight, grid("int4-g32-sym"), Moments(torch.zeros(96, 96)))
-    assert solved.notes == ["96 of 96 inputs are always zero on the calibration data"]
+    assert solved.notes == []
     assert torch.equal(solved.weight.codes, RTN().solve(weight, grid("int4-g32-sym"), None).weight.codes)
 
 

@@ -326,8 +326,8 @@ def test_what_reads_back_otherwise_is_an_error(make_model, calibration_text, tmp
 
     pack = CompressedTensors.pack
 
-    def faulty(self: CompressedTensors, module: str, weight: Any) -> dict[str, torch.Tensor]:
-        tensors = pack(self, module, weight)
+    def faulty(self: CompressedTensors, module: str, weight: Any, dtype: str) -> dict[str, torch.Tensor]:
+        tensors = pack(self, module, weight, dtype)
         if module.endswith("1.mlp.up_proj"):
             tensors[module + ".weight_packed"][0, 0] ^= 1
         return tensors

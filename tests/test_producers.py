@@ -16,7 +16,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
 from qtool.formats.weights import Weights
 from qtool.models.architectures import ARCHITECTURES, Architecture, Input, architecture_of
-from qtool.models.blockwise import BlockModel, linear_of, weight_of
+from qtool.models.blockwise import BlockModel, linear_of
 from qtool.models.producers import producer_rows
 
 MakeModel = Callable[..., Path]
@@ -46,7 +46,8 @@ class Block:
         return seen[0]
 
     def weight(self, linear: str) -> Tensor:
-        return weight_of(self.module, linear, self.architecture.transposed)
+        weight = linear_of(self.module, linear).weight.data
+        return weight.T if self.architecture.transposed else weight
 
     def is_norm(self, producer: str) -> bool:
         return self.module.get_submodule(producer).weight.dim() == 1

@@ -50,10 +50,10 @@ def test_file_says_what_the_table_says(target):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_the_formats_name_the_engines_of_the_table(target):
     scheme = QuantScheme.parse(target.scheme)
-    readers = get_format(format_for(scheme)).readers(scheme)
+    readers = get_format(format_for([scheme])).readers(scheme)
     engines = [name for engine, name in ENGINES.items() if target.hardware(engine)]
     assert [name for name in engines if name not in readers] == [], readers
-    assert bool(target.bitsandbytes) == (format_for(scheme) == "bitsandbytes")
+    assert bool(target.bitsandbytes) == (format_for([scheme]) == "bitsandbytes")
 
 
 def test_the_page_shows_the_table():

@@ -187,6 +187,7 @@ RUNS = {
     "static gptq": {"scheme": "w8a8-static", "method": "gptq", "transforms": ["smoothquant"]},
     "awq gptq": {"scheme": "int4-g32-sym", "method": "gptq", "transforms": ["awq"]},
     "awq gptaq": {"scheme": "int4-g32-sym", "method": "gptaq", "transforms": ["awq"], "kv": "fp8"},
+    "smoothquant gptaq": {"scheme": "w8a8", "method": "gptaq", "transforms": ["smoothquant"]},
     "rotation": {"scheme": "int4-g32-sym", "transforms": ["rotation"]},
     "nvfp4 gptaq": {"scheme": "nvfp4", "method": "gptaq"},
     "bias": {"scheme": "int4-g32-sym", "transforms": ["awq", "bias-correction"]},
@@ -221,6 +222,53 @@ def test_interrupted_after_every_unit_it_ends_with_the_same_bytes(
     whole, parts = files(tmp_path / "whole"), files(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert [name for name in whole if whole[name] != parts[name]] == []
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq"])
+@pytest.mark.parametrize("left", [["re:layers\\.0\\."], ["*o_proj", "re:mlp"]], ids=["a block", "all after attention"])
+def test_what_is_left_alone_does_not_stop_the_rest(make_model, calibration_text, tmp_path, method, left):
+    """A whole block, or all that comes after the keys and values: the rows still go through, and ranges are found."""
+    model, ignore = make_model("qwen2"), ["*lm_head", "*embed*", "*norm*", *left]
+    plain = {"scheme": "int4-g32-sym", "method": method, "ignore": ignore}
+    run(model, tmp_path / "plain", calibration_text, **plain)
+    run(model, tmp_path / "cached", calibration_text, kv="fp8", **plain)
+    scales = [
+        name for name in Checkpoint(tmp_path / "cached").tensors if name.endswith("_scale") and "weight" not in name
+    ]
+    assert len(scales) == 4
+    near(our_logits(tmp_path / "plain"), their_logits(tmp_path / "plain"), 1e-5)
+
+
+def test_a_head_with_rounded_inputs_rounds_them(make_model, calibration_text, tmp_path):
+    out, ignore = tmp_path / "out", ["*embed*", "*norm*"]
+    run(make_model(tied=False), out, calibration_text, scheme="w8a8", ignore=ignore)
+    near(our_logits(out), their_logits(out), 1e-5)
+
+
+def test_embeddings_are_not_packed_for_readers_that_want_them_whole(make_model, calibration_text, tmp_path):
+    model, changes = make_model(tied=False), {"scheme": "int8-channel-sym", "ignore": ["*norm*"]}
+    with pytest.raises(UsageError, match="embed_tokens` cannot be int8-channel-sym in this output: it is an embedding"):
+        run(model, tmp_path / "out", calibration_text, format="compressed-tensors", **changes)
+    report = run(model, tmp_path / "out", calibration_text, format="qtool", **changes)
+    assert "model.embed_tokens" in {layer.module for layer in report.layers}
+    near(our_logits(tmp_path / "out"), our_logits(model), 0.2)
+
+
+def test_what_a_transform_did_or_could_not_do_is_told(make_model, calibration_text, tmp_path):
+    model = make_model("llama")
+    report = run(model, tmp_path / "bias", calibration_text, scheme="int4-g32-sym", transforms=["bias-correction"])
+    assert "none of the 14 layers has a bias to correct" in report.notes
+    report = run(model, tmp_path / "turned", calibration_text, scheme="int4-g32-sym", transforms=["rotation"])
+    assert [k.name for k in report.kept if "was tied to the embedding" in k.reason] == ["lm_head.weight"]
+    for transforms, told in ((["awq", "rotation"], "comes before `awq`"), (["awq", "awq"], "`awq` is given twice")):
+        with pytest.raises(UsageError, match=told):
+            run(model, tmp_path / "out", calibration_text, transforms=transforms)
+
+
+def test_one_format_is_found_for_all_schemes(make_model, calibration_text, tmp_path):
+    layers = {"*.down_proj": "int4-g32-sym"}
+    report = run(make_model(), tmp_path / "out", calibration_text, scheme="nf4", layers=layers)
+    assert report.format == "qtool"
 
 
 SAVED = {

@@ -37,7 +37,7 @@ from qtool.transforms.hadamard import hadamard, paley, random_orthogonal
 from qtool.transforms.input_error import mean_square_of_largest, rounding_noise
 from qtool.transforms.rotated import RotatedSource
 from qtool.transforms.rotation import Rotation
-from qtool.transforms.scaling import LARGEST, SMALLEST, can_scale, powers, shared, weight_error
+from qtool.transforms.scaling import LARGEST, SMALLEST, powers, shared, weight_error
 from qtool.transforms.smoothquant import SmoothQuant
 
 ROTATABLE = sorted(kind for kind, known in ARCHITECTURES.items() if known.rotatable)
@@ -168,7 +168,7 @@ def test_searched_scales_leave_the_model_as_it_is(
     def scales(parameters: Parameters, source: Any, share_I: Tensor | None) -> Tensor | None:
         weights = [parameters.weight(parameters.full(linear)) for linear in source.linears]
         moments = moments_of(inputs_with_outliers(512, weights[0].shape[1]))
-        found = get_transform(transform, options).scales(weights, grid("w8a8"), moments, share_I, share_I is None)
+        found = get_transform(transform, options).scales(weights, grid("w8a8"), moments, share_I)
         return found and found.scale_I
 
     assert fold_everywhere(folder, model, config, scales) >= 4
@@ -450,7 +450,7 @@ def test_smoothquant_finds_the_best_strength(scheme: str) -> None:
             error += float((noise_I * scale_I**2 * squares_I).sum())
         errors[f"{i / 20:.2f}"], scales[f"{i / 20:.2f}"] = error, scale_I
     best = min(errors, key=errors.__getitem__)
-    found = SmoothQuant().scales(weights, the_grid, moments, None, True)
+    found = SmoothQuant().scales(weights, the_grid, moments, None)
     if scheme == "int4-g32-sym":  # without rounding of inputs here nothing is best
         assert naive_weight_error(weights, the_grid, moments.second_II, torch.ones(64)) < errors[best]
         assert found is None
@@ -458,7 +458,7 @@ def test_smoothquant_finds_the_best_strength(scheme: str) -> None:
         assert found is not None
         assert found.note.startswith(f"strength {best}, "), (found.note, errors)
         close(found.scale_I, scales[best], 1e-4)
-    fixed = SmoothQuant(strength=0.5).scales(weights, the_grid, moments, None, True)
+    fixed = SmoothQuant(strength=0.5).scales(weights, the_grid, moments, None)
     assert fixed is not None
     close(fixed.scale_I, scales["0.50"], 1e-4)
 
@@ -482,7 +482,7 @@ def test_awq_finds_the_best_exponent(scheme: str) -> None:
             tried[name] = geometric_one(x_NI.abs().mean(0) ** (i / 10) / relative ** (1 - i / 10))
     errors = {n: naive_weight_error(weights, the_grid, moments.second_II, s) for n, s in tried.items()}
     best = min(errors, key=errors.__getitem__)
-    found = AWQ(grid=10).scales(weights, the_grid, moments, None, True)
+    found = AWQ(grid=10).scales(weights, the_grid, moments, None)
     assert found is not None
     assert found.note.startswith(best), (found.note, errors)
     close(found.scale_I, tried[best], 1e-4)
@@ -497,7 +497,7 @@ def test_awq_finds_the_best_exponent(scheme: str) -> None:
 def test_doing_nothing_is_never_better(seed: int, factor: float, transform: Any) -> None:
     x_NI, weights, the_grid = inputs_with_outliers(128, 32, seed, factor), make_weights(32, seed), grid("int3-g16-sym")
     moments = moments_of(x_NI)
-    found = transform.scales(weights, the_grid, moments, None, True)
+    found = transform.scales(weights, the_grid, moments, None)
     nothing = naive_weight_error(weights, the_grid, moments.second_II, torch.ones(32))
     if found:
         assert naive_weight_error(weights, the_grid, moments.second_II, found.scale_I) < nothing * 1.0001
@@ -505,7 +505,7 @@ def test_doing_nothing_is_never_better(seed: int, factor: float, transform: Any)
 
 def test_smoothquant_saves_eight_bit_inputs() -> None:
     x_NI, weights = inputs_with_outliers(), make_weights()
-    found = SmoothQuant().scales(weights, grid("w8a8"), moments_of(x_NI), None, True)
+    found = SmoothQuant().scales(weights, grid("w8a8"), moments_of(x_NI), None)
     assert found is not None
     plain, smooth = (simulated(x_NI, weights, s, "w8a8") for s in (torch.ones(64), found.scale_I))
     assert smooth < plain / 5, (smooth, plain)
@@ -513,7 +513,7 @@ def test_smoothquant_saves_eight_bit_inputs() -> None:
 
 def test_the_expected_error_is_the_simulated_one() -> None:
     x_NI, weights = inputs_with_outliers(4096), make_weights()
-    found = SmoothQuant().scales(weights, grid("w8a8"), moments_of(x_NI), None, True)
+    found = SmoothQuant().scales(weights, grid("w8a8"), moments_of(x_NI), None)
     assert found is not None
     numbers = [float(word) for word in found.note.split() if word.replace(".", "").isdigit()]
     outputs = sum(float((x_NI @ weight_OI.T).square().mean(0).sum()) for weight_OI in weights)
@@ -524,7 +524,7 @@ def test_the_expected_error_is_the_simulated_one() -> None:
 
 def test_awq_lowers_the_error_of_four_bits() -> None:
     x_NI, weights = inputs_with_outliers(factor=10, every=8), make_weights()
-    found = AWQ().scales(weights, grid("int4-g32-sym"), moments_of(x_NI), None, True)
+    found = AWQ().scales(weights, grid("int4-g32-sym"), moments_of(x_NI), None)
     assert found is not None
     plain, scaled = (simulated(x_NI, weights, s, "int4-g32-sym") for s in (torch.ones(64), found.scale_I))
     assert scaled < 0.8 * plain, (scaled, plain)
@@ -535,7 +535,7 @@ def test_shared_channels_share_scales(transform: Any) -> None:
     """As the query heads of a group do, here two of 16 channels each on the same values, the numbers anything."""
     share_I = 100 + torch.arange(64).view(4, 16)[[0, 0, 1, 1]].flatten()
     x_NI = inputs_with_outliers(factor=10, every=8)
-    found = transform.scales(make_weights(), grid("int4-g32-sym+int8-token"), moments_of(x_NI), share_I, False)
+    found = transform.scales(make_weights(), grid("int4-g32-sym+int8-token"), moments_of(x_NI), share_I)
     assert found is not None
     heads = found.scale_I.view(4, 16)
     assert torch.equal(heads[0], heads[1])
@@ -554,7 +554,7 @@ def test_extremes_give_usable_scales(transform: Any, scheme: str) -> None:
     x_NI[0, 9] = 1e4  # one outlier
     x_NI[:, 11] *= 1e-12
     weights[0][:, 13] = weights[1][:, 13] = 0
-    found = transform.scales(weights, grid(scheme), moments_of(x_NI), None, True)
+    found = transform.scales(weights, grid(scheme), moments_of(x_NI), None)
     assert found is not None
     assert torch.isfinite(found.scale_I).all()
     assert found.scale_I.min() >= SMALLEST * 0.99
@@ -563,18 +563,6 @@ def test_extremes_give_usable_scales(transform: Any, scheme: str) -> None:
     if isinstance(transform, SmoothQuant):
         assert found.scale_I[13] == 1
     assert powers(torch.zeros(4), torch.ones(4), 1, 1).tolist() == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize("transform", [AWQ(), SmoothQuant(), SmoothQuant(strength=0.5)], ids=str)
-@pytest.mark.parametrize("scheme", ["int8-tensor-sym+int8-token", "fp8-block"])
-def test_rows_that_share_a_scale_take_none(transform: Any, scheme: str) -> None:
-    """What produces the input is then rounded worse; a norm is not."""
-    x_NI, weights = inputs_with_outliers(inputs=128), make_weights(128)
-    args = weights, grid(scheme), moments_of(x_NI)
-    assert transform.scales(*args, torch.arange(128), False) is None
-    assert can_scale(grid(scheme), norm=True)
-    if scheme != "fp8-block":  # where nothing is best
-        assert transform.scales(*args, None, True) is not None
 
 
 def test_some_rows_stand_for_all() -> None:

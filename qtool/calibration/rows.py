@@ -50,25 +50,30 @@ class Rows:
         rounded: Roundings | None = None,
         cache: KVCache | None = None,
         advance: bool = False,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> dict[str, InputStats]:
         """Statistics of the inputs of these linears as the block is now; `advance` takes the rows through it as well.
 
         Inputs in `rounded` are rounded as they will be when the model runs. `cache` sees the keys and values.
+        Transforms have divided the inputs in `scales` by these [I], but not those of the float model.
         """
         layers, rounded = list(layers), rounded or {}
         stats = {x: InputStats.empty(linear_of(block, x).in_features, wanted, self.model.device) for x in layers}
+        to_the_end = advance or (cache is not None and cache.scheme is None)  # attention may come after the last input
         with round_inputs(block, rounded):
             for batch in range(len(self.stream.hidden)):
-                inputs, output = self._inputs(block, self.stream, batch, layers, cache, advance)
+                inputs, output = self._inputs(block, self.stream, batch, layers, cache, to_the_end)
                 floats: dict[str, Tensor] = {}
                 if CROSS in wanted:
                     assert self.float_block is not None
                     assert self.float_stream is not None
                     floats, _ = self._inputs(self.float_block, self.float_stream, batch, layers, None, False)
+                    floats = {x: floats[x] / scales[x] if scales and x in scales else floats[x] for x in layers}
                 for x in layers:
                     x_NI = fake_quantize(inputs[x], *rounded[x]) if x in rounded else inputs[x]
                     stats[x].add(x_NI, floats.get(x))
-                if output is not None:
+                if advance:
+                    assert output is not None
                     self.stream.hidden[batch] = output
         return stats
 

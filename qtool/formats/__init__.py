@@ -84,18 +84,19 @@ class Format(Protocol):
 def get_format(name: str) -> Format:
     """The format of that name. Raises UsageError for one that is in no table."""
     if name not in FORMATS:
-        raise unknown("format", name, FORMATS)
+        raise unknown("format", name, ("auto", *FORMATS))
     module, _, cls = FORMATS[name].partition(":")
     return getattr(import_module(module), cls)()
 
 
-def format_for(scheme: QuantScheme, transposed: bool = False) -> str:
-    """The format that a scheme is usually stored in: the first of the table that can.
+def format_for(schemes: Iterable[QuantScheme], transposed: bool = False) -> str:
+    """The format that these schemes are usually stored in: the first of the table that can store them all.
 
     `transposed`: the linears of the model store their weight [in, out], which only some readers know.
     """
     candidates = [name for name in FORMATS if get_format(name).takes_transposed or not transposed]
-    return next(name for name in candidates if get_format(name).problem(scheme) is None)
+    wanted = list(schemes)
+    return next(name for name in candidates if not any(get_format(name).problem(scheme) for scheme in wanted))
 
 
 def least_capable(readers: Iterable[str]) -> str:

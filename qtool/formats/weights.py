@@ -102,12 +102,12 @@ class Weights:
     def roundings(self, unit: str) -> Mapping[str, tuple[ActivationScheme, Tensor | None]]:
         found: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
         for module, scheme in self.schemes.items():
-            if scheme.activations and module.startswith(unit + "."):
+            if scheme.activations and f"{module}.".startswith(unit + "."):
                 names = [n for n in self.packed_names[module] if n.endswith(INPUT_SCALES)]
                 if scheme.activations.is_static and not names:
                     raise QtoolError(f"`{module}` in {self.checkpoint.path} has no fixed scale for its input")
                 scale = self.checkpoint.read(names[0]).float() if names else None
-                found[module.removeprefix(unit + ".")] = (scheme.activations, scale)
+                found[module.removeprefix(unit).removeprefix(".")] = (scheme.activations, scale)
         return found
 
     def kv_scales(self, unit: str) -> tuple[ActivationScheme, Tensor, Tensor] | None:

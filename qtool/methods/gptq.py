@@ -79,13 +79,11 @@ def reversed_factor(second_II: Tensor, damp: float, order_I: Tensor) -> tuple[Te
     """
     import torch
 
-    notes = []
+    notes: list[str] = []
     backwards_I = order_I.flip(0)
     diagonal = second_II.diagonal()[backwards_I]
     mean = float(diagonal.mean()) or 1.0
     dead = diagonal == 0
-    if dead.any():
-        notes.append(f"{int(dead.sum())} of {len(dead)} inputs are always zero on the calibration data")
     diagonal[dead] = mean
     amount = damp
     while True:

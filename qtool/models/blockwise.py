@@ -110,13 +110,8 @@ class BlockModel:
 
         Inputs, keys and values are rounded as the checkpoint says that they are when it is served.
         """
-        name = self.block_name(index)
-        kv = self.source.kv_scales(name)
-        roundings = {
-            layer: (scheme, None if scale is None else scale.to(self.device))
-            for layer, (scheme, scale) in self.source.roundings(name).items()
-        }
-        with self._loaded(f"{self.architecture.blocks}.{index}") as block, round_inputs(block, roundings):
+        kv = self.source.kv_scales(self.block_name(index))
+        with self._serving(f"{self.architecture.blocks}.{index}", self.block_name(index)) as block:
             self.cache = kv and KVCache(kv[0], kv[1].to(self.device), kv[2].to(self.device))
             try:
                 yield block
@@ -145,7 +140,7 @@ class BlockModel:
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(self._loaded(self.architecture.embedding, used))
             for part in self._present(self.architecture.before):
-                stack.enter_context(self._loaded(part))
+                stack.enter_context(self._serving(part, self._module_in_file(part)))
             setattr(decoder, name, nn.ModuleList(recorders))
             try:
                 for tokens_BT in tokens:
@@ -184,7 +179,9 @@ class BlockModel:
         final = getattr(self.config, "final_logit_softcapping", None)
         names = (self.architecture.norm, *self.architecture.after, self.architecture.head)
         with ExitStack() as stack, torch.no_grad():
-            steps = [stack.enter_context(self._loaded(name)) for name in self._present(names)]
+            steps = [
+                stack.enter_context(self._serving(name, self._module_in_file(name))) for name in self._present(names)
+            ]
 
             def logits(hidden_NE: Tensor) -> Tensor:
                 values = hidden_NE
@@ -198,6 +195,21 @@ class BlockModel:
         """Those modules that the model of this config has."""
         modules = dict(self.model.named_modules())
         return [name for name in names if name in modules]
+
+    def _module_in_file(self, name: str) -> str:
+        """What the checkpoint calls a module; a norm may have no weight to tell by."""
+        spellings = self.architecture.spellings(f"{name}.weight")
+        return next((s for s in spellings if s in self.source.shapes), spellings[0]).removesuffix(".weight")
+
+    @contextmanager
+    def _serving(self, name: str, in_file: str) -> Iterator[nn.Module]:
+        """A loaded module that rounds its inputs as the checkpoint says; `in_file` is what that calls it."""
+        roundings = {
+            layer: (scheme, None if scale is None else scale.to(self.device))
+            for layer, (scheme, scale) in self.source.roundings(in_file).items()
+        }
+        with self._loaded(name) as module, round_inputs(module, roundings):
+            yield module
 
     @contextmanager
     def _loaded(self, name: str, rows: Tensor | None = None) -> Iterator[nn.Module]:
@@ -259,12 +271,6 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
         return cast(nn.Linear, module)
     assert isinstance(module, nn.Linear), (name, type(module))
     return module
-
-
-def weight_of(block: nn.Module, name: str, transposed: bool) -> Tensor:
-    """The weight of such a linear as [out, in], whichever way it is stored; writing into it changes the linear."""
-    weight = linear_of(block, name).weight.data
-    return weight.T if transposed else weight
 
 
 def _config(root: Path) -> dict[str, Any]:

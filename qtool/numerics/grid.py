@@ -101,24 +101,30 @@ class Grid:
     scheme: QuantScheme
     scale_dtype: torch.dtype
 
-    def fit(self, weight_OI: Tensor, importance_I: Tensor | None = None, search: bool = True) -> GridParams:
-        """Parameters of least sum_ij importance_j (w_ij - w^_ij)^2; without `search`, from the range of each group."""
+    def fit(
+        self, weight_OI: Tensor, importance_I: Tensor | None = None, search: bool = True, coarse: bool = False
+    ) -> GridParams:
+        """Parameters of least sum_ij importance_j (w_ij - w^_ij)^2; without `search`, from the range of each group.
+
+        A `coarse` search is several times faster and good enough to compare weights by.
+        """
         weight_RGK, importance = self._grouped(weight_OI, importance_I if search else None)
         if not self.scheme.symmetric:
             bits, dtype = self.scheme.bits, self.scale_dtype
             if search:
-                scale, zero = search_affine(weight_RGK, importance, bits, dtype)
+                scale, zero = search_affine(weight_RGK, importance, bits, dtype, coarse)
             else:
                 scale, zero = range_affine(weight_RGK, bits, dtype)
             return GridParams(scale.to(dtype), zero)
         codec = codec_of(self.scheme)
         best: tuple[Tensor, ScaleStore, Tensor] | None = None
-        for store in self._stores(weight_OI)[: None if search else 1]:
+        stores = self._stores(weight_OI)[: None if search and not coarse else 1]
+        for store in stores:
             if search:
-                scale = search_scales(weight_RGK, importance, codec, store)
+                scale = search_scales(weight_RGK, importance, codec, store, coarse)
             else:
                 scale = range_scales(weight_RGK, codec, store)
-            error = weighted_error(weight_RGK, importance, codec, scale)
+            error = weighted_error(weight_RGK, importance, codec, scale) if len(stores) > 1 else scale.new_zeros(1)
             if best is None or error < best[0]:
                 best = error, store, scale
         assert best is not None

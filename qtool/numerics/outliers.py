@@ -25,15 +25,17 @@ class OutlierParams(GridParams):
 class OutlierGrid(Grid):
     """The grid of a scheme with outliers."""
 
-    def fit(self, weight_OI: Tensor, importance_I: Tensor | None = None, search: bool = True) -> OutlierParams:
-        params = super().fit(weight_OI, importance_I, search)
+    def fit(
+        self, weight_OI: Tensor, importance_I: Tensor | None = None, search: bool = True, coarse: bool = False
+    ) -> OutlierParams:
+        params = super().fit(weight_OI, importance_I, search, coarse)
         cost_OI = (weight_OI - self.decode(self.encode(weight_OI, params), params)).square_()
         if importance_I is not None:
             cost_OI *= importance_I
         count = self.scheme.outlier_count(tuple(weight_OI.shape))
         mask = torch.zeros(weight_OI.shape, dtype=torch.bool, device=weight_OI.device)
         mask.view(-1)[cost_OI.reshape(-1).topk(count).indices] = True
-        fitted = OutlierParams(*super().fit(weight_OI.masked_fill(mask, 0), importance_I, search))
+        fitted = OutlierParams(*super().fit(weight_OI.masked_fill(mask, 0), importance_I, search, coarse))
         fitted.mask = mask
         return fitted
 
@@ -59,15 +61,14 @@ class OutlierRounder(Rounder):
     def __init__(self, grid: OutlierGrid, params: OutlierParams, shape: tuple[int, int]) -> None:
         super().__init__(grid, params, shape)
         self.outlier_grid, self.mask = grid, params.mask
-        self.exact_OI = torch.zeros(shape, device=params.scale.device)
+        self.exact_OI = torch.zeros(shape, dtype=grid.scale_dtype, device=params.scale.device)
 
     def round(self, j: int, target_O: Tensor) -> Tensor:
         column = self.columns[j]
         mask_O = self.mask[:, column]
         rounded_O = super().round(j, target_O.masked_fill(mask_O, 0))
-        exact_O = target_O.to(self.grid.scale_dtype).float()
-        self.exact_OI[:, column] = exact_O
-        return torch.where(mask_O, exact_O, rounded_O)
+        self.exact_OI[:, column] = target_O
+        return torch.where(mask_O, self.exact_OI[:, column].float(), rounded_O)
 
     def result(self) -> QTensor:
         return self.outlier_grid.beside(super().result(), self.mask, self.exact_OI)

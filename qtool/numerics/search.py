@@ -22,6 +22,7 @@ from qtool.numerics.scales import FloatStore, ScaleStore
 
 ASYMMETRIC_CANDIDATES = 6  # per end of the range
 REFITS = 3
+COARSE = 2  # of so many shrink factors one
 
 
 def range_scales(weight_RGK: Tensor, codec: Codec, store: ScaleStore) -> Tensor:
@@ -36,22 +37,24 @@ def range_affine(weight_RGK: Tensor, bits: int, dtype: torch.dtype) -> tuple[Ten
     return scale, _zero_point(low, scale, bits)
 
 
-def search_scales(weight_RGK: Tensor, importance_RGK: Tensor | None, codec: Codec, store: ScaleStore) -> Tensor:
-    """Scales [R, G] of the least weighted error, float32 and such as can be stored."""
+def search_scales(
+    weight_RGK: Tensor, importance_RGK: Tensor | None, codec: Codec, store: ScaleStore, coarse: bool = False
+) -> Tensor:
+    """Scales [R, G] of the least weighted error, float32 and such as can be stored; `coarse` looks at fewer."""
 
     def search(rows: Tensor) -> tuple[Tensor]:
-        return (_SymmetricSearch(rows, importance_RGK, codec, store).run(),)
+        return (_SymmetricSearch(rows, importance_RGK, codec, store).run(coarse),)
 
     return _in_chunks(search, weight_RGK)[0]
 
 
 def search_affine(
-    weight_RGK: Tensor, importance_RGK: Tensor | None, bits: int, dtype: torch.dtype
+    weight_RGK: Tensor, importance_RGK: Tensor | None, bits: int, dtype: torch.dtype, coarse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [R, G] of the least weighted error of unsigned codes, float32."""
+    """Scale and zero point [R, G] of the least weighted error of unsigned codes, float32; `coarse` looks at fewer."""
 
     def search(rows: Tensor) -> tuple[Tensor, ...]:
-        return _AffineSearch(rows, importance_RGK, bits, dtype).run()
+        return _AffineSearch(rows, importance_RGK, bits, dtype).run(coarse)
 
     scale, zero = _in_chunks(search, weight_RGK)
     return scale, zero
@@ -59,7 +62,13 @@ def search_affine(
 
 def weighted_error(weight_RGK: Tensor, importance_RGK: Tensor | None, codec: Codec, scale_RG: Tensor) -> Tensor:
     """The weighted squared error of the nearest codes, summed over all groups, float64."""
-    return _SymmetricSearch(weight_RGK, importance_RGK, codec, FloatStore(torch.float32)).error(scale_RG).double().sum()
+
+    def error(part: tuple[Tensor, Tensor]) -> Tensor:
+        return _SymmetricSearch(part[0], importance_RGK, codec, FloatStore(torch.float32)).error(part[1]).double().sum()
+
+    rows = chunk_rows(weight_RGK.device, weight_RGK[0].numel())
+    parts = zip(weight_RGK.split(rows), scale_RG.split(rows), strict=True)
+    return torch.stack(map_chunks(error, parts, weight_RGK.device)).sum()
 
 
 class _SymmetricSearch:
@@ -71,12 +80,15 @@ class _SymmetricSearch:
         self.best_error = torch.full(weight_RGK.shape[:2], torch.inf, device=weight_RGK.device)
         self.best_scale = torch.ones_like(self.best_error)
 
-    def run(self) -> Tensor:
+    def run(self, coarse: bool) -> Tensor:
         step, shrinks = self.weight.abs().amax(-1) / self.codec.largest, self.codec.shrinks
+        shrinks = shrinks[::COARSE] if coarse else shrinks
         if self.codec.signed:  # the larger end gets the extra level
             step = torch.where(self.weight.amax(-1) > -self.weight.amin(-1), -step, step)
         for shrink in shrinks:
             self._offer(step * shrink)
+        if coarse:
+            return self.best_scale
         spacing = shrinks[0] / shrinks[1]
         for factor in (spacing**0.5, spacing**-0.5, -1.0, spacing**0.25, spacing**-0.25):
             if factor > 0 or self.codec.signed:
@@ -115,13 +127,16 @@ class _AffineSearch:
         self.best_scale = torch.ones_like(self.best_error)
         self.best_zero = torch.zeros_like(self.best_error)
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self, coarse: bool) -> tuple[Tensor, Tensor]:
         low, high = self.weight.amin(-1).clamp(max=0), self.weight.amax(-1).clamp(min=0)
         shrinks = geometric(SMALLEST_INT_SHRINK[self.bits], 1.0, ASYMMETRIC_CANDIDATES)
+        shrinks = shrinks[: len(shrinks) // COARSE] if coarse else shrinks
         for low_shrink in shrinks:
             for high_shrink in shrinks:
                 scale = self.store.stored((high * high_shrink - low * low_shrink) / (2**self.bits - 1))
                 self._offer(scale, _zero_point(low * low_shrink, scale, self.bits))
+        if coarse:
+            return self.best_scale, self.best_zero
         middle, spacing = (2**self.bits - 1) / 2, shrinks[0] / shrinks[1]
         for factor in (spacing**0.5, spacing**-0.5, spacing**0.25, spacing**-0.25):
             scale = self.store.stored(self.best_scale * factor)

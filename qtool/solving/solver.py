@@ -19,7 +19,7 @@ from qtool.calibration.stats import CROSS
 from qtool.calibration.tokens import Tokenizer, TokenRows, too_little_data
 from qtool.checkpoint.writer import StagedOutput
 from qtool.errors import QtoolError
-from qtool.job import Job
+from qtool.job import KV_PARTS, Job
 from qtool.models.architectures import LLAMA
 from qtool.models.blockwise import BlockModel
 from qtool.parameters import Parameters
@@ -46,26 +46,34 @@ class Solver:
         named = dict(zip(job.recipe.transforms, job.transforms, strict=True))
         self.scalings = {name: t for name, t in named.items() if isinstance(t, ScaleTransform)}
         self.biasings = [t for t in job.transforms if isinstance(t, BiasTransform)]
-        self.notes: list[str] = []
+        self.notes = self._notes()
         self.rows: TokenRows | None = None
 
     def run(self, batch_tokens: int) -> None:
         """Every unit that is not done."""
         undone = [unit for unit in self.job.plan.units if unit.name not in self.staged.done]
-        wanted = {unit.name for unit in undone if unit.linears} if self.job.needs_data else set()
+        wanted = {u.name for u in undone if u.linears or _has_cache(u)} if self.job.needs_data else set()
         if wanted:
             self._run_blocks(wanted, batch_tokens)
         if self.job.stats and undone:
             root, config = self.job.checkpoint.root, self.job.checkpoint.config
             self.job.stats.check_tokenizer(Tokenizer(root, int(config["vocab_size"])).sha256)
-        if self.job.stats and self.job.follows_rounding:
-            self.notes.append(
-                f"{self.job.recipe.method} worked with saved statistics, which are those of the float model: "
-                "with data each block sees the errors of the blocks before it"
-            )
         for unit in undone:  # only now: the model and its rows are out of memory
             if unit.name not in wanted:
                 self._solve_alone(unit)
+
+    def _notes(self) -> list[str]:
+        """What a person should know of the run before it begins."""
+        job, notes = self.job, []
+        linears = job.plan.linears
+        if self.biasings and not any(f"{linear.module}.bias" in job.source.shapes for linear in linears):
+            notes.append(f"none of the {len(linears)} layers has a bias to correct")
+        if job.stats and job.follows_rounding:
+            notes.append(
+                f"{job.recipe.method} worked with saved statistics, which are those of the float model: "
+                "with data each block sees the errors of the blocks before it"
+            )
+        return notes
 
     def data_record(self) -> dict[str, Any] | None:
         """What the calibration data was; None when none was used in this run."""
@@ -80,7 +88,7 @@ class Solver:
         """A unit whose statistics, if any, were saved."""
         parameters = self._parameters(unit, {})
         record = UnitRecord(self, unit)
-        stats = self.job.stats if unit.linears else None
+        stats = self.job.stats if unit.linears or _has_cache(unit) else None
         work = UnitWork(self, unit, parameters, record)
         if stats:
             with self.watch.stage("read"):
@@ -88,7 +96,7 @@ class Solver:
                 for group in work.groups if wanted - {"kv"} else ():
                     name = parameters.full(group[0])
                     work.moments[group[0]] = stats.stats(name, wanted, self.device).moments(name)
-                if self.job.kv:
+                if _has_cache(unit):
                     work.set_kv(*stats.kv(unit.name))
             work.transform()
         for group in work.groups:
@@ -103,7 +111,7 @@ class Solver:
             tokenizer = Tokenizer(job.checkpoint.root, model.config.vocab_size)
             spec, root = job.recipe.data, job.checkpoint.root
             self.rows = rows_of(spec, root, tokenizer, model.context, self.device, self.progress)
-            self._check_amount(self.rows)
+            self._check_amount(self.rows.tokens, len(self.rows.rows[0]))
             rows = Rows(model, self.rows, batch_tokens, cross=CROSS in job.wanted)
         units = {unit.name: unit for unit in job.plan.units}
         names = [model.block_name(index) for index in range(len(model.blocks))]
@@ -131,7 +139,8 @@ class Solver:
         elif self.job.follows_rounding:
             if CROSS in self.job.wanted:
                 rows.split(block)
-            work.put_back()
+            if unit.name in self.staged.done:  # else nothing of it is quantized
+                work.put_back()
         if not is_last and (self.job.follows_rounding or unit.name not in wanted):
             with self.watch.stage("calibrate"):
                 rows.leave(block, work.rounded, work.cache)
@@ -139,8 +148,13 @@ class Solver:
     def _parameters(self, unit: Unit, loaded: Mapping[str, Tensor]) -> Parameters:
         return Parameters(unit, self.job.source, self.device, self.architecture.transposed, loaded)
 
-    def _check_amount(self, rows: TokenRows) -> None:
+    def _check_amount(self, tokens: int, seqlen: int) -> None:
         widest = max(linear.shape[1] for linear in self.job.plan.linears)
-        note = too_little_data(rows.tokens, widest, len(rows.rows[0]))
+        note = too_little_data(tokens, widest, seqlen)
         if note:
             self.notes.append(note)
+
+
+def _has_cache(unit: Unit) -> bool:
+    """Whether scales of keys and values are to be found for it."""
+    return any(info.name.endswith(KV_PARTS) for info in unit.added)

@@ -16,7 +16,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.formats.weights import check_finite
 from qtool.headers import scale_dtype
 from qtool.job import KV_PARTS
-from qtool.methods import Solution
+from qtool.models.architectures import Input
 from qtool.numerics.activations import static_scale
 from qtool.numerics.grid import Grid, grid_of, stackable
 from qtool.numerics.scales import FloatStore
@@ -45,6 +45,7 @@ class UnitWork:
         self.sources = {source.linears[0]: source for source in inputs} if self.job.architecture else {}
         self.groups = self._groups()
         self.moments: dict[str, Moments] = {}  # by the first linear of each input
+        self.scales: dict[str, Tensor] = {}  # by which transforms divided them, likewise
         self.scaled: dict[str, list[str]] = {}  # what the transforms did, likewise
         self.rounded: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
         self.cache: KVCache | None = None
@@ -54,6 +55,8 @@ class UnitWork:
         with self.solver.watch.stage("calibrate"):
             ranges = KVCache.recording() if self.job.kv else None
             wanted = self.job.wanted - {CROSS}
+            if CROSS in self.job.wanted and not self.solver.scalings:
+                wanted -= {SECOND}  # measured for each input, after the linears before it were solved
             stats = rows.measure(block, [group[0] for group in self.groups], wanted, cache=ranges, advance=advance)
             for name in list(stats) if wanted & {VECTORS, SECOND} else ():
                 self.moments[name] = stats.pop(name).moments(self.parameters.full(name))
@@ -64,23 +67,24 @@ class UnitWork:
         """Measure and solve while the block sees the rounding of everything before it."""
         cross = CROSS in self.job.wanted
         first_look = self.job.wanted - {SECOND, CROSS} or self.solver.scalings
+        if cross:  # before the transforms: a resumed run has the block as it is in the source
+            rows.split(block)
         if first_look or not cross:
             self.measure(block, rows)
             self.transform()
         if cross:  # each input is measured after the linears before it were solved
-            rows.split(block)
-            first_moments, self.moments = self.moments, {}
+            vectors = {name: moments.vectors for name, moments in self.moments.items()}
+            scales = {name: self._input_scale(name, moments) for name, moments in self.moments.items()}
+            self.moments = {}
             for group in self.groups:
                 name = group[0]
-                scale = self._input_scale(name, first_moments.get(name))
+                scale = scales.get(name)
                 activations = self.linears[name].scheme.activations
                 rounded = {**self.rounded, **({name: (activations, scale)} if activations else {})}
                 with self.solver.watch.stage("calibrate"):
-                    stats = rows.measure(block, [name], {SECOND, CROSS}, rounded, self.cache)
+                    stats = rows.measure(block, [name], {SECOND, CROSS}, rounded, self.cache, scales=self.scales)
                 moments = stats[name].moments(self.parameters.full(name))
-                if name in first_moments:
-                    moments = replace(moments, vectors=first_moments[name].vectors)
-                self.moments[name] = moments
+                self.moments[name] = replace(moments, vectors=vectors.get(name))
                 self.solve(group)
         else:
             for group in self.groups:
@@ -91,18 +95,26 @@ class UnitWork:
         for transform, scaling in self.solver.scalings.items():
             for name, source in self.sources.items():
                 notes = self.scaled.setdefault(name, [])
-                if source.producer is None:
+                if not self._can_fold(source):
                     notes.append(f"{transform}: nothing to fold into")
                     continue
                 with self.solver.watch.stage("transform"):
                     share_I = sharing(self.parameters, source, self.job.checkpoint.config)
                     weights = [self.parameters.weight(self.parameters.full(x)) for x in source.linears]
                     grid = self._grid(self.linears[name])
-                    found = scaling.scales(weights, grid, self.moments[name], share_I, norm=share_I is None)
+                    found = scaling.scales(weights, grid, self.moments[name], share_I)
                     if found:
                         scale_I = fold(self.parameters, source, found.scale_I, self.solver.architecture, share_I)
                         self.moments[name] = self.moments[name].divided(scale_I)
+                        self.scales[name] = self.scales.get(name, 1.0) * scale_I
                     notes.append(f"{transform}: {found.note if found else 'best as it is'}")
+
+    def _can_fold(self, source: Input) -> bool:
+        """Whether what produces an input can take scales: not where rows of a linear share the scale of their codes."""
+        if source.producer is None:
+            return False
+        producer = self.linears.get(source.producer)
+        return producer is None or producer.scheme.granularity not in ("tensor", "block")
 
     def solve(self, group: list[str]) -> None:
         """The linears of one input."""
@@ -110,12 +122,25 @@ class UnitWork:
         scheme = self.linears[group[0]].scheme
         parts = [list(group)] if stackable(scheme) else [[name] for name in group]
         scale = self._input_scale(group[0], moments)
+        dead = int((moments.diagonal_I == 0).sum()) if moments else 0
+        notes = (
+            [f"{dead} of {self.linears[group[0]].shape[1]} inputs are always zero on the calibration data"]
+            if dead
+            else []
+        )
         for part in parts:
-            self._solve(part, moments, scale, self.scaled.get(group[0], []))
+            self._solve(part, moments, scale, notes, self.scaled.get(group[0], []))
         if scheme.activations:
             self.rounded.update(dict.fromkeys(group, (scheme.activations, scale)))
 
-    def _solve(self, part: list[str], moments: Moments | None, input_scale: Tensor | None, notes: list[str]) -> None:
+    def _solve(
+        self,
+        part: list[str],
+        moments: Moments | None,
+        input_scale: Tensor | None,
+        notes: list[str],
+        transforms: list[str],
+    ) -> None:
         """Solve linears of one scheme and one input, stacked along their rows; the weight is dequantized in place."""
         start = time.perf_counter()
         watch, linears = self.solver.watch, [self.linears[name] for name in part]
@@ -133,7 +158,8 @@ class UnitWork:
                 if moments:
                     self._shift_bias(linear.module, weight, new, moments)
                 weight.copy_(new)
-            record = _layer_record(linear, errors, wall_s * linear.shape[0], solution, notes)
+            notes = [*notes, *solution.notes]
+            record = _layer_record(linear, errors, wall_s * linear.shape[0], notes, transforms)
             self.record.add(linear, replace(solved, input_scale=input_scale), record)
             if not self.job.wanted:
                 self.parameters.drop(linear.module)
@@ -174,12 +200,12 @@ class UnitWork:
             solved = read_back(written, self.job, linear)
             self.parameters.weight(linear.module).copy_(solved.dequantize())
             if linear.scheme.activations:
-                scale = None if solved.input_scale is None else solved.input_scale.float()
+                scale = None if solved.input_scale is None else solved.input_scale.float().to(self.parameters.device)
                 self.rounded[linear.module.removeprefix(self.unit.name + ".")] = linear.scheme.activations, scale
         for name in self.solver.staged.done[self.unit.name]["changed"]:
             self.parameters[name].copy_(written.read(name))
         if self.job.kv:
-            scales = [written.read(info.name).float() for info in self.unit.added]
+            scales = [written.read(info.name).float().to(self.parameters.device) for info in self.unit.added]
             self.cache = KVCache(self.job.kv, *scales)
 
     def finish(self) -> None:
@@ -192,14 +218,18 @@ class UnitWork:
         """The quantized linears by input; each alone where nothing is known of the model, or where memory counts."""
         if self.job.wanted:
             return [list(source.linears) for source in self.sources.values()]
-        together = [list(group) for group in self.solver.architecture.fused() if group[0] in self.linears]
-        together = [group for group in together if self.linears[group[0]].scheme.kind == "nvfp4"]
-        grouped = {name for group in together for name in group}
-        return [*together, *([name] for name in self.linears if name not in grouped)]
+        known = [[x for x in source.linears if x in self.linears] for source in self.solver.architecture.inputs]
+        known = [group for group in known if group]
+        others = sorted(self.linears.keys() - {name for group in known for name in group})
+        groups: list[list[str]] = []
+        for group in [*known, *((name,) for name in others)]:
+            together = self.linears[group[0]].scheme.kind == "nvfp4"  # served as one, they share its divisor
+            groups += [list(group)] if together else [[name] for name in group]
+        return groups
 
 
 def _layer_record(
-    linear: Linear, errors: Errors, wall_s: float, solution: Solution, transforms: Iterable[str]
+    linear: Linear, errors: Errors, wall_s: float, notes: Iterable[str], transforms: Iterable[str]
 ) -> LayerRecord:
     return LayerRecord(
         module=linear.module,
@@ -209,6 +239,6 @@ def _layer_record(
         weight_error=errors.weight,
         output_error=errors.output,
         wall_s=wall_s,
-        notes=tuple(solution.notes),
+        notes=tuple(notes),
         transforms=tuple(transforms),
     )

@@ -50,12 +50,10 @@ class Transform(Protocol):
 class ScaleTransform(Transform, Protocol):
     """Scales for the columns of linears that share an input."""
 
-    def scales(
-        self, weights: Sequence[Tensor], grid: Grid, moments: Moments, share_I: Tensor | None, norm: bool
-    ) -> Scales | None:
+    def scales(self, weights: Sequence[Tensor], grid: Grid, moments: Moments, share_I: Tensor | None) -> Scales | None:
         """Scales for weights [O_k, I] under their grid, or None to leave them as they are.
 
-        Channels with the same number in `share_I` must have the same scale. `norm`: the input comes from a norm.
+        Channels with the same number in `share_I` must have the same scale.
         """
         ...
 

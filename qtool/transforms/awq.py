@@ -33,14 +33,10 @@ class AWQ:
         if self.grid < 1:
             raise UsageError(f"awq.grid={self.grid} is not a positive number of exponents")
 
-    def scales(
-        self, weights: Sequence[Tensor], grid: Grid, moments: Moments, share_I: Tensor | None, norm: bool
-    ) -> Scales | None:
+    def scales(self, weights: Sequence[Tensor], grid: Grid, moments: Moments, share_I: Tensor | None) -> Scales | None:
         """See `qtool.transforms.ScaleTransform`."""
-        from qtool.transforms.scaling import best_scales, can_scale, powers, shared
+        from qtool.transforms.scaling import best_scales, powers, shared
 
-        if not can_scale(grid, norm):
-            return None
         assert moments.vectors is not None
         assert moments.second_II is not None
         inputs_I = shared(moments.vectors.mean_abs_I, share_I, "mean")

@@ -3,8 +3,8 @@
 For weights W and columns scaled by s the rounded outputs differ by D x / s, D = Q(W s) - W s. With H = E x x^T
 that is tr(D / s H (D / s)^T), so a candidate costs one rounding and one product with H, and no forward pass. Rows
 are alike enough that candidates are compared on a few hundred of them, and the winner with doing nothing on all.
-Candidates have to be rounded as the winner will be: scales from the range of each group instead of searched ones
-choose much worse (0.86 instead of 0.58 of the error, int4-g128, 1024 inputs with outliers).
+Scales from the range of each group instead of searched ones would choose much worse (0.86 instead of 0.58 of the error,
+int4-g128, 1024 inputs with outliers): a coarse search makes a short list, and the usual one chooses from it.
 
 Shapes: O out features, I in features, R some rows.
 """
@@ -22,6 +22,7 @@ from qtool.transforms import Scales
 
 SMALLEST, LARGEST = 1e-4, 1e4  # of a scale
 SAMPLE_ROWS = 256  # of a weight, on which candidates are compared
+SHORTLIST = 6  # candidates that are rounded as the winner will be
 CHUNK_ROWS = 512  # of a weight rounded at once
 
 
@@ -38,11 +39,12 @@ def best_scales(
     inputs adds under given scales.
     """
 
-    def error(scale_I: Tensor, rows: int | None = None) -> float:
-        return weight_error(weights, grid, second_II, scale_I, rows) + input_error(scale_I)
+    def error(scale_I: Tensor, rows: int | None = None, coarse: bool = False) -> float:
+        return weight_error(weights, grid, second_II, scale_I, rows, coarse) + input_error(scale_I)
 
     nothing = torch.ones_like(second_II[0])
-    name, scale_I = min(candidates, key=lambda candidate: error(candidate[1], SAMPLE_ROWS))
+    shortlist = sorted(candidates, key=lambda candidate: error(candidate[1], SAMPLE_ROWS, coarse=True))[:SHORTLIST]
+    name, scale_I = min(shortlist, key=lambda candidate: error(candidate[1], SAMPLE_ROWS))
     before, after = error(nothing), error(scale_I)
     if not after < before:
         return None
@@ -52,7 +54,12 @@ def best_scales(
 
 
 def weight_error(
-    weights: Iterable[Tensor], grid: Grid, second_II: Tensor, scale_I: Tensor, rows: int | None = None
+    weights: Iterable[Tensor],
+    grid: Grid,
+    second_II: Tensor,
+    scale_I: Tensor,
+    rows: int | None = None,
+    coarse: bool = False,
 ) -> float:
     """sum_k tr(D_k / s H (D_k / s)^T) of weights [O, I], or about that from so many rows of each."""
     importance_I = second_II.diagonal() / scale_I.square()
@@ -63,7 +70,7 @@ def weight_error(
         chosen_RI = weight_OI[:: math.ceil(len(weight_OI) / rows) if rows else 1]
         for part_RI in chosen_RI.split(CHUNK_ROWS if alone else len(chosen_RI)):
             scaled_RI = part_RI * scale_I
-            params = grid.fit(scaled_RI, importance_I)
+            params = grid.fit(scaled_RI, importance_I, coarse=coarse)
             error_RI = grid.nearest(scaled_RI, params).dequantize().sub_(scaled_RI).div_(scale_I)
             total += float(_quadratic(error_RI, second_II)) * len(weight_OI) / len(chosen_RI)
     return total
@@ -95,8 +102,3 @@ def shared(values_I: Tensor, share_I: Tensor | None, reduce: str) -> Tensor:
         return values_I
     reduced = values_I.new_zeros(int(share_I.max()) + 1)
     return reduced.scatter_reduce(0, share_I, values_I, reduce, include_self=False)[share_I]
-
-
-def can_scale(grid: Grid, norm: bool) -> bool:
-    """Whether what produces the input can take scales: the rows of a linear cannot where rows share a scale."""
-    return norm or grid.scheme.granularity not in ("tensor", "block")

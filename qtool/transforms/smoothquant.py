@@ -34,18 +34,14 @@ class SmoothQuant:
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise UsageError(f"smoothquant.strength={self.strength} is not between 0 and 1", "leave it out to search")
 
-    def scales(
-        self, weights: Sequence[Tensor], grid: Grid, moments: Moments, share_I: Tensor | None, norm: bool
-    ) -> Scales | None:
+    def scales(self, weights: Sequence[Tensor], grid: Grid, moments: Moments, share_I: Tensor | None) -> Scales | None:
         """See `qtool.transforms.ScaleTransform`."""
         import torch
 
         from qtool.transforms import Scales
         from qtool.transforms.input_error import rounding_noise
-        from qtool.transforms.scaling import best_scales, can_scale, powers, shared
+        from qtool.transforms.scaling import best_scales, powers, shared
 
-        if not can_scale(grid, norm):
-            return None
         assert moments.vectors is not None
         assert moments.second_II is not None
         inputs_I = shared(moments.vectors.absmax_I, share_I, "amax")
