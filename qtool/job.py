@@ -142,6 +142,8 @@ def describe(job: Job) -> dict[str, Any]:
         "architecture": job.checkpoint.config.get("model_type", "unknown"),
         "transforms": list(job.recipe.transforms),
         "method": job.recipe.method,
+        "kv": job.recipe.kv,
+        "data": None if not job.wanted else job.recipe.stats or job.recipe.data.source,
         "format": job.format.name,
         "readers": readers(job),
         "layers": [

@@ -51,9 +51,12 @@ class Kept:
     reason: str
     asked: bool
 
+    named: bool = False  # by a pattern of the user's own
+
     @property
-    def is_mask(self) -> bool:
-        return self.reason == MASK
+    def must_be_finite(self) -> bool:
+        """Whether NaN or infinity in it is damage: not in masks, nor in what the user chose to leave alone."""
+        return self.source.dtype in WEIGHT_DTYPES and self.reason != MASK and not self.named
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _why_kept(info: TensorInfo, ignore: Iterable[str]) -> Kept | None:
     module = info.name.removesuffix(".weight")
     for pattern in ignore:
         if matches(module, pattern):
-            return Kept(info, f"ignored by `{pattern}`", True)
+            return Kept(info, f"ignored by `{pattern}`", True, named=pattern not in DEFAULT_IGNORE)
     if len(info.shape) < 2:
         return Kept(info, "a vector, not a matrix", True)
     if info.name.endswith("bias"):

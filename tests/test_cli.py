@@ -316,7 +316,7 @@ KINDS = {
         "unknown rounding of inputs in scheme `fp8-e4m3-channel+fp8-e4m3-tokn`: `fp8-e4m3-tokn`",
         "did you mean `fp8-e4m3-token` or `fp8-e4m3-tensor`?")),
     "rounding of inputs twice": ([*INTO, "--scheme", "nvfp4+int8-token"], said(
-        "scheme `nvfp4+int8-token` says twice how inputs are rounded", "leave one of them out")),
+        "scheme `nvfp4+int8-token`: inputs of nvfp4 are rounded as that, or not at all", "leave `+int8-token` out")),
     "outliers": ([*INTO, "--scheme", "int3-g64-sym+outliers-90%"], said(
         "scheme `int3-g64-sym+outliers-90%`: outliers go with integer weights and are at most 20 % of them",
         "for example `int3-g64-sym+outliers-0.5%`")),
@@ -546,8 +546,8 @@ def test_the_page_of_a_quantized_model(qtool, here):
     result = qtool("quantize", "m", "-o", "out", *RTN)
     report = qtool("quantize", "m", "-o", "out", *RTN, "--json").json
     assert result.code == 0
-    kinds = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj",
-             "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]  # fmt: skip
+    kinds = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
     rows = []
     for kind in kinds:
         errors = [layer["weight_error"] for layer in report["layers"] if layer["module"].endswith(kind)]

@@ -30,6 +30,8 @@ def plan_view(plan: Tree) -> View:
         ("model", f"{plan['model']} ({plan['architecture']})"),
         ("method", " + ".join([*plan["transforms"], plan["method"]])),
         ("format", f"{plan['format']}: {plan['readers']}"),
+        *([("KV cache", f"{plan['kv']}, with calibrated scales")] if plan["kv"] else []),
+        *([("calibration", plan["data"])] if plan["data"] else []),
         ("size", f"{size(plan['bytes_before'])} -> {size(plan['bytes_after'])}"),
         ("bits per weight", f"{plan['bits_per_weight']:.3f}"),
         ("memory", f"about {size(plan['expected_memory_bytes'])}"),
@@ -68,8 +70,21 @@ def evaluation_view(tree: Tree) -> View:
 
 
 def fields_view(tree: Tree) -> View:
-    """A flat tree as two columns."""
-    return [Table(("", ""), [(str(key).replace("_", " "), str(value)) for key, value in tree.items()])]
+    """A flat tree as two columns; keys say the units."""
+
+    def shown(key: str, value: Any) -> tuple[str, str]:
+        if isinstance(value, bool):
+            return key, "yes" if value else "no"
+        if isinstance(value, (list, tuple)):
+            return key, ", ".join(map(str, value))
+        if key.endswith("_bytes"):
+            return key.removesuffix("_bytes"), f"about {size(value)}" if key.startswith("expected") else size(value)
+        if key.endswith("_s"):
+            return key.removesuffix("_s").replace("wall", "time"), f"about {seconds(value)}"
+        return key, str(value)
+
+    pairs = [shown(key, value) for key, value in tree.items()]
+    return [Table(("", ""), [(key.replace("_", " "), text) for key, text in pairs])]
 
 
 def estimate(value: Tree, digits: int = 4) -> str:

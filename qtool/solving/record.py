@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import raw_bytes
 from qtool.formats.weights import check_finite
-from qtool.headers import WEIGHT_DTYPES, scale_dtype
+from qtool.headers import scale_dtype
 from qtool.job import Job
 from qtool.numerics.grid import QTensor
 from qtool.parameters import Parameters
@@ -52,9 +52,9 @@ class UnitRecord:
             for name in [*(n for n in kept if n in source.changed), *(i.name for i in self.unit.added)]:
                 if name not in self.tensors:
                     self.write(name, source.read_stored(name))
-            floats = {k.source.name for k in self.unit.kept if k.source.dtype in WEIGHT_DTYPES and not k.is_mask}
+            checked = {k.source.name for k in self.unit.kept if k.must_be_finite}
             for name, tensor in solver.job.checkpoint.borrow(name for name in kept if name not in self.tensors):
-                if name in floats:
+                if name in checked:
                     check_finite(name, tensor)
                 self.write(name, tensor)
             solver.staged.finish_unit(self.unit.name, self._to_tree(changed))
