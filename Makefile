@@ -33,6 +33,7 @@ lint: $(STAMP)  ## style and types
 
 bench: $(STAMP)  ## the benchmarks behind the README's figures
 	$(BIN)/python tests/benchmarks/perplexity.py
+	$(BIN)/python tests/benchmarks/schemes.py
 	$(BIN)/python tests/benchmarks/memory.py
 
 commands: $(STAMP)  ## write examples/COMMANDS.md from the help texts
