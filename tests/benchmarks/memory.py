@@ -88,8 +88,9 @@ def matrix_share(model: Path, folder: Path, rows: int) -> dict[str, float]:
     """Share of the CPU time of rtn and of gptq that is matrix products, by torch's profiler, on a small model."""
     from torch.profiler import ProfilerActivity, profile
 
+    from qtool.job import prepare
     from qtool.methods import METHODS
-    from qtool.pipeline import RunOptions, prepare, quantize
+    from qtool.pipeline import RunOptions, quantize
     from qtool.recipe import build
 
     shares = {}
