@@ -13,10 +13,17 @@ from qtool.recipe import DataSpec
 PROCESS_BYTES = 350e6  # Python with torch and transformers
 SEARCH_S = 30e-9  # per weight: scale search, packing, hashing
 FLOP_PER_S = 1.5e11  # float32 matrix products
+SCALES_S = 4e-6  # per weight on which a transform compares some forty scales, of which there are SAMPLE_ROWS rows
+SAMPLE_ROWS = 256
 
 
-def estimate(plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping[str, Any]) -> tuple[float, float]:
-    """Bytes of memory and seconds of time of a run that `needs` these moments, rough but of the right order."""
+def estimate(
+    plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping[str, Any], scalings: int = 0
+) -> tuple[float, float]:
+    """Bytes of memory and seconds of time of a run, rough but of the right order.
+
+    It `needs` these moments, and has so many transforms that search for scales.
+    """
     shapes = [linear.shape for linear in plan.linears]
     weights = sum(map(prod, shapes))
     if not needs:
@@ -34,4 +41,6 @@ def estimate(plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping
     forward = 2 * weights * tokens * (2 if streams == 1 else 6)
     solve = sum(6 * out * n * n + n**3 for out, n in shapes) if matrices else 0
     moment_flop = sum(2 * tokens * n * n for n in inputs) * len(blocks) * matrices
-    return PROCESS_BYTES + hidden + block + moments, weights * SEARCH_S + (forward + solve + moment_flop) / FLOP_PER_S
+    searched = scalings * sum(min(out, SAMPLE_ROWS) * n for out, n in shapes)
+    wall_s = weights * SEARCH_S + searched * SCALES_S + (forward + solve + moment_flop) / FLOP_PER_S
+    return PROCESS_BYTES + hidden + block + moments, wall_s

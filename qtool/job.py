@@ -20,7 +20,7 @@ from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, archi
 from qtool.plan import Linear, Plan, make_plan
 from qtool.recipe import Recipe
 from qtool.scheme import KV_SCHEMES, ActivationScheme, QuantScheme
-from qtool.transforms import SourceTransform, Transform, get_transform
+from qtool.transforms import ScaleTransform, SourceTransform, Transform, get_transform
 
 if TYPE_CHECKING:
     from qtool.calibration.saved import SavedStats
@@ -136,7 +136,8 @@ def describe(job: Job) -> dict[str, Any]:
     reasons: dict[str, list[int]] = {}
     for kept in job.plan.kept:
         reasons.setdefault(kept.reason, []).append(kept.source.size_bytes)
-    memory_bytes, wall_s = estimate(job.plan, job.wanted, job.recipe.data, job.checkpoint.config)
+    scalings = sum(isinstance(transform, ScaleTransform) for transform in job.transforms)
+    memory_bytes, wall_s = estimate(job.plan, job.wanted, job.recipe.data, job.checkpoint.config, scalings)
     return {
         "model": job.model,
         "architecture": job.checkpoint.config.get("model_type", "unknown"),

@@ -106,8 +106,10 @@ class Grid:
     ) -> GridParams:
         """Parameters of least sum_ij importance_j (w_ij - w^_ij)^2; without `search`, from the range of each group.
 
-        A `coarse` search is several times faster and good enough to compare weights by.
+        A `coarse` search is several times faster and good enough to compare weights by. A float type is about as fine
+        under every scale: where thousands of weights share one, the range says it.
         """
+        search = search and not (self.scheme.kind.startswith("fp8") and self.scheme.granularity in ("tensor", "block"))
         weight_RGK, importance = self._grouped(weight_OI, importance_I if search else None)
         if not self.scheme.symmetric:
             bits, dtype = self.scheme.bits, self.scale_dtype
