@@ -106,10 +106,9 @@ class Grid:
     ) -> GridParams:
         """Parameters of least sum_ij importance_j (w_ij - w^_ij)^2; without `search`, from the range of each group.
 
-        A `coarse` search is several times faster and good enough to compare weights by. A float type is about as fine
-        under every scale: where thousands of weights share one, the range says it.
+        A `coarse` search is several times faster and good enough to compare weights by.
         """
-        search = search and not (self.scheme.kind.startswith("fp8") and self.scheme.granularity in ("tensor", "block"))
+        search = search and not self._range_is_best
         weight_RGK, importance = self._grouped(weight_OI, importance_I if search else None)
         if not self.scheme.symmetric:
             bits, dtype = self.scheme.bits, self.scale_dtype
@@ -170,6 +169,17 @@ class Grid:
             return values.T[group].expand(-1, rows).T  # a column of it is contiguous
 
         return GridParams(pick(scale), None if params.zero is None else pick(params.zero))
+
+    @property
+    def _range_is_best(self) -> bool:
+        """Where a search was measured to find nothing that the outputs keep.
+
+        A float type is about as fine under every scale, so where thousands of weights share one, nothing is to be found;
+        and 8-bit weights under rounded inputs lose less than the inputs do.
+        """
+        scheme = self.scheme
+        floats = scheme.kind.startswith("fp8") and scheme.granularity in ("tensor", "block")
+        return floats or (scheme.kind == "int" and scheme.bits == 8 and scheme.activations is not None)
 
     def _grouped(self, weight_OI: Tensor, importance_I: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weights that share a scale side by side, [R, G, K], and their importance, [1, G, K]."""
