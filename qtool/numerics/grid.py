@@ -174,8 +174,8 @@ class Grid:
     def _range_is_best(self) -> bool:
         """Where a search was measured to find nothing that the outputs keep.
 
-        A float type is about as fine under every scale, so where thousands of weights share one, nothing is to be found;
-        and 8-bit weights under rounded inputs lose less than the inputs do.
+        A float type is about as fine under every scale, so where thousands of weights share one there is nothing to
+        find; and 8-bit weights under rounded inputs lose less than the inputs do.
         """
         scheme = self.scheme
         floats = scheme.kind.startswith("fp8") and scheme.granularity in ("tensor", "block")
