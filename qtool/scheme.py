@@ -19,7 +19,8 @@ NESTED_BLOCK = 256  # absolute maxima of nf4 that share a second-level scale
 EXAMPLES = (
     "int4-g128-sym", "int8-channel-sym", "w4a16", "w4a16-g64-asym", "w3a16", "w8a16", "w2a16", "w8a8", "w4a8",
     "fp8", "fp8-dynamic", "fp8-block", "fp8-e4m3-channel", "fp8-e5m2-channel", "nvfp4", "nvfp4a16", "mxfp4",
-    "mxfp4a16", "mxfp8", "mxfp8a16", "nf4", "nf4-dq", "llm-int8", "int3-g64-sym+outliers-0.5%",
+    "mxfp4a16", "mxfp8", "mxfp8a16", "nf4", "nf4-dq", "llm-int8", "int3-g64-sym+outliers-0.5%", "q8_0", "q4_0", "q4_1",
+    "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "f16", "bf16", "f32",
 )  # fmt: skip
 ACTIVATION_EXAMPLES = ("int8-token", "int8-tensor", "fp8-e4m3-token", "fp8-e4m3-tensor", "fp8-e4m3-g128")
 ALIASES = {
@@ -34,6 +35,38 @@ ALIASES = {
     "w8a8-fp8": "fp8-e4m3-channel+fp8-e4m3-token",
     "fp8-block": "fp8-e4m3-block+fp8-e4m3-g128",
 }
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A tensor type of GGUF: `weights` of a row lie together in `size_bytes`, scales included.
+
+    `number` is its id in the file. `group` weights share a scale; of float types every weight stands alone.
+    """
+
+    number: int
+    bits: int
+    weights: int
+    size_bytes: int
+    group: int | None = None
+
+
+FLOATS = {"f32": BlockType(0, 32, 1, 4), "f16": BlockType(1, 16, 1, 2), "bf16": BlockType(30, 16, 1, 2)}
+BLOCK_TYPES = {
+    "q4_0": BlockType(2, 4, 32, 18, 32),
+    "q4_1": BlockType(3, 4, 32, 20, 32),
+    "q5_0": BlockType(6, 5, 32, 22, 32),
+    "q5_1": BlockType(7, 5, 32, 24, 32),
+    "q8_0": BlockType(8, 8, 32, 34, 32),
+    "q2_k": BlockType(10, 2, 256, 84, 16),
+    "q3_k": BlockType(11, 3, 256, 110, 16),
+    "q4_k": BlockType(12, 4, 256, 144, 32),
+    "q5_k": BlockType(13, 5, 256, 176, 32),
+    "q6_k": BlockType(14, 6, 256, 210, 16),
+    "iq4_nl": BlockType(20, 4, 32, 18, 32),
+    "iq4_xs": BlockType(23, 4, 256, 136, 32),
+}
+MXFP4_BLOCK = BlockType(39, 4, 32, 17, 32)  # of the scheme mxfp4a16
 
 
 @dataclass(frozen=True)
@@ -54,6 +87,7 @@ KINDS = {
     "nf4": Kind(4, 64, 32),
     "nf4-dq": Kind(4, 64, 8),  # and one float32 for every 256 of them
     "llm-int8": Kind(8, None, 32),
+    **{name: Kind(block.bits, block.group) for name, block in (FLOATS | BLOCK_TYPES).items()},
 }
 WITH_OWN_ACTIVATIONS = ("nvfp4", "mxfp4", "mxfp8")  # named alone they round the inputs the same way
 
@@ -138,7 +172,7 @@ class QuantScheme:
         if self.kind == "int":
             granularity = f"g{self.group_size}" if self.granularity == "group" else self.granularity
             text = f"int{self.bits}-{granularity}-{'sym' if self.symmetric else 'asym'}"
-        elif KINDS[self.kind].group_size or self.kind == "llm-int8":
+        elif KINDS[self.kind].group_size or self.kind == "llm-int8" or self.kind in FLOATS:
             text = self.kind
         else:
             text = f"{self.kind}-{self.granularity}"
@@ -164,8 +198,9 @@ class QuantScheme:
         """Why a weight of shape [out, in] cannot be stored so, or None."""
         if len(shape) != 2:
             return f"{len(shape)}-D tensors are not supported"
-        if self._columns and shape[1] % self._columns:
-            return f"{shape[1]} inputs are not a multiple of {self._columns}"
+        columns = BLOCK_TYPES[self.kind].weights if self.kind in BLOCK_TYPES else self._columns
+        if columns and shape[1] % columns:
+            return f"{shape[1]} inputs are not a multiple of {columns}"
         group = self.activations.group_size if self.activations else None
         if group and shape[1] % group:
             return f"{shape[1]} inputs are not a multiple of {group}, over which their rounding shares a scale"
@@ -176,6 +211,8 @@ class QuantScheme:
 
         `scale_bits` are those of a scale in the model's own type; some kinds have others.
         """
+        if block := (FLOATS | BLOCK_TYPES).get(self.kind):
+            return 8 * block.size_bytes * prod(shape) // block.weights
         kind = KINDS.get(self.kind)
         groups = self.groups(shape[1])
         scales = {"tensor": 1, "block": ceil(shape[0] / BLOCK) * groups}.get(self.granularity, shape[0] * groups)
@@ -211,6 +248,10 @@ def _of_kind(text: str) -> QuantScheme | None:
     """A scheme of one of KINDS, or None."""
     if text == "llm-int8":
         return QuantScheme(8, "channel", None, True, text, ActivationScheme("llm-int8", 8, "token", None, 6.0))
+    if text in FLOATS:
+        return QuantScheme(FLOATS[text].bits, "tensor", None, True, text)
+    if text in BLOCK_TYPES:
+        return QuantScheme(BLOCK_TYPES[text].bits, "group", BLOCK_TYPES[text].group, True, text)
     name = text.removesuffix("a16")
     if name in KINDS and (group_size := KINDS[name].group_size):
         bits = KINDS[name].bits

@@ -33,15 +33,22 @@ class Format(Protocol):
 
     `name` is its key in the table and the `quant_method` of its checkpoints; `parts` are the endings that the
     tensors of a quantized module may have. `takes_transposed`: its readers know linears that store their weight
-    [in, out], such as GPT-2's.
+    [in, out], such as GPT-2's. `container` is what the tensors lie in: "safetensors" or "gguf". `serves_fused`: its
+    readers join q, k and v, and gate and up, which then need one scheme.
     """
 
     name: str
     parts: tuple[str, ...]
     takes_transposed: bool
+    container: str
+    serves_fused: bool
 
-    def problem(self, scheme: QuantScheme) -> str | None:
-        """Why this format cannot store the scheme, or None."""
+    def problem(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str | None:
+        """Why this format cannot store the scheme, or a weight of this shape [out, in] in it, or None."""
+        ...
+
+    def scale_dtype(self, weight_dtype: str) -> str:
+        """How the scales of a weight of this type are stored, where the scheme leaves it open."""
         ...
 
     def layout(self, module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:
@@ -76,8 +83,8 @@ class Format(Protocol):
         """How keys and values are stored, by config.json; None for as they are."""
         ...
 
-    def readers(self, scheme: QuantScheme) -> str:
-        """Which programs load a linear of this scheme."""
+    def readers(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str:
+        """Which programs load a linear of this scheme and shape [out, in]."""
         ...
 
 

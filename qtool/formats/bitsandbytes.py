@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError, UsageError
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header, read_json
-from qtool.headers import TensorInfo
+from qtool.headers import TensorInfo, scale_dtype
 from qtool.scheme import KINDS, NESTED_BLOCK, ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
@@ -42,9 +42,11 @@ class BitsAndBytes:
 
     name = "bitsandbytes"
     takes_transposed = True
+    container = "safetensors"
+    serves_fused = True
     parts: tuple[str, ...] = (WEIGHT, SCB, WEIGHT_FORMAT, ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_MAP, STATE)
 
-    def problem(self, scheme: QuantScheme) -> str | None:
+    def problem(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str | None:
         if scheme.kind not in ("nf4", "nf4-dq", "llm-int8"):
             return "bitsandbytes stores nf4, nf4-dq and llm-int8"
         if scheme.kind != "llm-int8" and scheme.activations:
@@ -137,7 +139,10 @@ class BitsAndBytes:
     def kv_of(self, config: dict[str, Any]) -> ActivationScheme | None:
         return None
 
-    def readers(self, scheme: QuantScheme) -> str:
+    def scale_dtype(self, weight_dtype: str) -> str:
+        return scale_dtype(weight_dtype)
+
+    def readers(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str:
         return "transformers and vLLM with bitsandbytes"
 
     def _unpack_nf4(self, module: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> QTensor:

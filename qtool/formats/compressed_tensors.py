@@ -28,7 +28,7 @@ from qtool.formats.compressed_tensors_config import (
     match,
     scheme_of,
 )
-from qtool.headers import TensorInfo
+from qtool.headers import TensorInfo, scale_dtype
 from qtool.scheme import BLOCK, ActivationScheme, QuantScheme, packed_words
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     takes_transposed = False
+    container = "safetensors"
+    serves_fused = True
     parts: tuple[str, ...] = (WEIGHT, PACKED, SCALE, ZERO, SHAPE, GLOBAL_SCALE, INPUT_SCALE, INPUT_GLOBAL_SCALE)
 
-    def problem(self, scheme: QuantScheme) -> str | None:
+    def problem(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str | None:
         if scheme.outliers:
             return "compressed-tensors has no place for outliers"
         if scheme.kind == "fp8-e5m2" or scheme.kind not in BYTES.keys() | SCALES.keys():
@@ -126,7 +128,10 @@ class CompressedTensors:
             raise QtoolError(f"keys and values of {scheme} are not read: only those of 8 bits with a scale per tensor")
         return scheme
 
-    def readers(self, scheme: QuantScheme) -> str:
+    def scale_dtype(self, weight_dtype: str) -> str:
+        return scale_dtype(weight_dtype)
+
+    def readers(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str:
         inputs = scheme.activations
         if scheme.kind == "int" and inputs is None:
             if scheme.granularity == "tensor":

@@ -26,8 +26,8 @@ from qtool.formats.compressed_tensors import (
     unpack_input,
 )
 from qtool.formats.compressed_tensors_config import by_scheme, match
-from qtool.headers import TensorInfo
-from qtool.scheme import ActivationScheme, QuantScheme
+from qtool.headers import TensorInfo, scale_dtype
+from qtool.scheme import BLOCK_TYPES, FLOATS, ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,12 +47,16 @@ class Own:
 
     name = "qtool"
     takes_transposed = True
+    container = "safetensors"
+    serves_fused = True
     parts: tuple[str, ...] = tuple(
         OURS + part
         for part in dict.fromkeys((*CompressedTensors.parts, *BitsAndBytes.parts, ROW_ENDS, COLUMNS, VALUES))
     )
 
-    def problem(self, scheme: QuantScheme) -> str | None:
+    def problem(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str | None:
+        if scheme.kind in BLOCK_TYPES | FLOATS:
+            return f"{scheme.kind} is a type of GGUF files"
         return None
 
     def layout(self, module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:
@@ -146,7 +150,10 @@ class Own:
         text = config["quantization_config"].get("kv")
         return ActivationScheme.parse(text, "of keys and values") if text else None
 
-    def readers(self, scheme: QuantScheme) -> str:
+    def scale_dtype(self, weight_dtype: str) -> str:
+        return scale_dtype(weight_dtype)
+
+    def readers(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str:
         return "qtool alone"
 
 

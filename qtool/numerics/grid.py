@@ -63,7 +63,8 @@ class Outliers(NamedTuple):
 class QTensor:
     """A quantized weight [O, I]. `dequantize` is its meaning; a format may only lay it out differently.
 
-    `input_scale` [1] is the fixed scale of its input, where the scheme has one.
+    `input_scale` [1] is the fixed scale of its input, where the scheme has one. `group_of` says to which group each
+    column belongs where groups are not columns side by side (checkpoints in act-order).
     """
 
     codes: Tensor  # uint8 [O, I]
@@ -71,10 +72,17 @@ class QTensor:
     scheme: QuantScheme
     outliers: Outliers | None = None
     input_scale: Tensor | None = None
+    group_of: Tensor | None = None  # int32 [I]
 
     def dequantize(self) -> Tensor:
         """float32 [O, I]."""
-        weight_OI = grid_of(self.scheme, self.params.scale.dtype).decode(self.codes, self.params)
+        grid = grid_of(self.scheme, self.params.scale.dtype)
+        if self.group_of is None:
+            weight_OI = grid.decode(self.codes, self.params)
+        else:
+            order_I = self.group_of.argsort(stable=True)
+            weight_OI = torch.empty_like(self.codes, dtype=torch.float32)
+            weight_OI[:, order_I] = grid.decode(self.codes[:, order_I], self.params)
         if self.outliers is not None:
             weight_OI[self.outliers.rows, self.outliers.columns.long()] = self.outliers.values.float()
         return weight_OI
@@ -90,7 +98,7 @@ class QTensor:
 
     def tensors(self) -> list[Tensor]:
         """Everything that it is made of."""
-        parts = [self.codes, *self.params, *(self.outliers or ()), self.input_scale]
+        parts = [self.codes, *self.params, *(self.outliers or ()), self.input_scale, self.group_of]
         return [part for part in parts if part is not None]
 
 
