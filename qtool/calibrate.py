@@ -26,12 +26,13 @@ from qtool.calibration.saved import (
 from qtool.calibration.texts import SELF, check_source
 from qtool.checkpoint.existing import check_apart, check_replaceable, check_same, read_manifest
 from qtool.checkpoint.hub import locate
-from qtool.checkpoint.reader import Checkpoint, sha256_file
+from qtool.checkpoint.reader import sha256_file
 from qtool.checkpoint.writer import MANIFEST, StagedOutput, write_json
 from qtool.errors import QtoolError, ReadError, UsageError, unknown
 from qtool.estimate import FLOP_PER_S, PROCESS_BYTES
 from qtool.formats.weights import Weights
 from qtool.gather import CalibrateOptions, FromModel, Merge, Progress, Staged
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.memory import return_freed_memory
 from qtool.models.architectures import Architecture, architecture_of, config_value
 from qtool.recipe import DataSpec
@@ -43,7 +44,7 @@ FORMATS = ("stats", "imatrix")
 def prepare(model: str, data: DataSpec, hessians: bool, format: str) -> FromModel:
     """The work, or a UsageError with what is wrong. Reads headers only."""
     _check_format(format, hessians)
-    checkpoint = Checkpoint(locate(model))
+    checkpoint = open_checkpoint(locate(model))
     source = Weights(checkpoint)
     if source.format:
         raise UsageError(f"{checkpoint.path} is already quantized", "give the model that it was made from")

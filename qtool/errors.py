@@ -30,6 +30,13 @@ class UsageError(QtoolError):
     exit_code = 2
 
 
+def shown(value: object) -> str:
+    """Something that a file says, in one short line."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
 def unknown(what: str, name: object, known: Iterable[str], hint: str | None = None) -> UsageError:
     """The error for a name that is in no table, with the nearest names that are."""
     known = list(known)

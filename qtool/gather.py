@@ -104,9 +104,9 @@ class FromModel:
             return
         device = pick_device(options.device)
         with watch.stage("rows"):
-            model = BlockModel(self.checkpoint.root, self.source, device)
-            tokenizer = Tokenizer(self.checkpoint.root, model.config.vocab_size)
-            token_rows = rows_of(self.data, self.checkpoint.root, tokenizer, model.context, device, progress)
+            model = BlockModel(self.checkpoint.home, self.source, device)
+            tokenizer = Tokenizer(self.checkpoint.home, model.config.vocab_size)
+            token_rows = rows_of(self.data, self.checkpoint.home, tokenizer, model.context, device, progress)
         names = [model.block_name(index) for index in range(len(model.blocks))]
         if names != list(self.blocks):
             raise QtoolError(f"config.json has {len(names)} blocks, but the checkpoint {len(self.blocks)}")

@@ -11,6 +11,7 @@ DTYPE_BITS = {
     "F4": 4, "C64": 64,
 }  # fmt: skip
 WEIGHT_DTYPES = ("F16", "BF16", "F32")  # what a weight to be quantized may be
+TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.calibration.texts import check_source
 from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.writer import Container, Safetensors
 from qtool.errors import UsageError
 from qtool.estimate import estimate
-from qtool.formats import Format, format_for, get_format, least_capable
+from qtool.formats import FORMATS, Format, format_for, get_format, least_capable
+from qtool.formats.relaying import HINT, relaid_scheme
 from qtool.formats.weights import Source, Weights
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.headers import TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
-from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of
+from qtool.mixes import MIXES, Mix
+from qtool.mixes import scheme_of as mix_scheme
+from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of, config_value
 from qtool.plan import Linear, Plan, make_plan
-from qtool.recipe import Recipe
-from qtool.scheme import KV_SCHEMES, ActivationScheme, QuantScheme
+from qtool.recipe import AUTO, DEFAULT_METHOD, DEFAULT_SCHEME, EMBEDDINGS, NO_METHOD, Recipe
+from qtool.scheme import FLOATS, KINDS, KV_SCHEMES, ActivationScheme, QuantScheme
 from qtool.transforms import ScaleTransform, SourceTransform, Transform, get_transform
 
 if TYPE_CHECKING:
+    from qtool.calibration.imatrix_file import ImatrixStats
     from qtool.calibration.saved import SavedStats
 
 KV_PARTS = ("k_scale", "v_scale")
@@ -30,24 +37,23 @@ KV_PARTS = ("k_scale", "v_scale")
 
 @dataclass(frozen=True)
 class Job:
-    """`source` is the checkpoint as the transforms leave it before anything is measured."""
+    """`source` is the checkpoint as the transforms leave it before anything is measured; without a `method` its
+    quantized weights are laid out anew as they are."""
 
     model: str
     checkpoint: Checkpoint
     source: Source
     recipe: Recipe
-    method: Method
+    method: Method | None
     transforms: tuple[Transform, ...]
     format: Format
+    container: Container
     plan: Plan
     architecture: Architecture | None
-    stats: SavedStats | None = None
+    kv: ActivationScheme | None = None  # how keys and values are stored when the model is served
+    stats: SavedStats | ImatrixStats | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def kv(self) -> ActivationScheme | None:
-        """How keys and values are stored when the model is served."""
-        return KV_SCHEMES[self.recipe.kv] if self.recipe.kv else None
+    notes: tuple[str, ...] = ()  # what a person should know of the plan
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -64,9 +70,13 @@ class Job:
 
         Methods with error feedback make up for it; for all others the float model's statistics are the right ones.
         """
-        return bool(self.method.needs)
+        return bool(self.method and self.method.needs)
 
-    def quantization_config(self) -> dict[str, Any]:
+    def scale_dtype(self, linear: Linear) -> str:
+        """How the scales of a linear are stored."""
+        return self.format.scale_dtype(linear.source.dtype)
+
+    def quantization_config(self) -> dict[str, Any] | None:
         """config.json's entry. Raises UsageError for what one checkpoint of the format cannot hold together."""
         schemes = {linear.module: linear.scheme for linear in self.plan.linears}
         matrices = [k.source.name for k in self.plan.kept if len(k.source.shape) >= 2]
@@ -78,17 +88,26 @@ class Job:
 
 def prepare(model: str, recipe: Recipe) -> Job:
     """The job, or a UsageError with everything that is wrong with it. Reads headers only."""
+    checkpoint = open_checkpoint(locate(model))
+    weights = Weights(checkpoint)
+    if weights.schemes and not recipe.requantize:
+        return _relaying(model, weights, recipe)
+    if recipe.requantize and not weights.schemes:
+        raise UsageError(f"{checkpoint.path} is not quantized yet", "leave --requantize out")
+    recipe = replace(
+        recipe,
+        scheme=DEFAULT_SCHEME if recipe.scheme == AUTO else recipe.scheme,
+        method=DEFAULT_METHOD if recipe.method == AUTO else recipe.method,
+    )
     method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
     transforms = tuple(get_transform(name, recipe.options.get(name, {})) for name in recipe.transforms)
-    checkpoint = Checkpoint(locate(model))
-    source: Source = Weights(checkpoint)
-    if source.format:
-        raise UsageError(f"{checkpoint.path} is already quantized", "give the model that it was made from")
-    schemes = [QuantScheme.parse(text) for text in (recipe.scheme, *recipe.layers.values())]
+    source: Source = weights
+    mix = _mix(recipe)
+    schemes = [QuantScheme.parse(text) for text in (mix.base if mix else recipe.scheme, *recipe.layers.values())]
     wanted = _wanted(recipe, method, transforms, schemes)
     architecture = _architecture(checkpoint, recipe, bool(wanted), bool(transforms))
     known = architecture or LLAMA  # names of fused linears are much the same everywhere
-    format = get_format(_format_name(recipe, known))
+    format = get_format(_format_name(recipe, known, schemes))
     stats = _saved_stats(recipe, checkpoint, wanted)
     if wanted and not stats:
         check_source(recipe.data, calibrating=True)
@@ -112,18 +131,83 @@ def prepare(model: str, recipe: Recipe) -> Job:
             assert architecture
             source = transform.wrap(source, architecture, checkpoint.config)
             changes.update(source.config_changes)
-    solvable = architecture.is_block_linear if architecture and wanted else None
+    container = _container(format, checkpoint, {**checkpoint.config, **changes}, mix)
+    if mix:
+        recipe = replace(recipe, ignore=tuple(p for p in recipe.ignore if p not in EMBEDDINGS))
+    mixed = _Mixed(mix, container, checkpoint.config, weights.dense, bool(wanted)) if mix else None
     plan = make_plan(
-        {**checkpoint.tensors},
+        weights.dense,
         recipe,
-        format.layout,
-        known.fused(),
-        solvable,
+        format.tensors,
+        known.fused() if format.serves_fused else (),
+        _solvable(architecture, format) if architecture and wanted else None,
         storable=lambda linear: _problem(format, linear, known),
         transposed=known.is_block_linear if known.transposed else None,
         added=[*source.added, *_kv_scales(checkpoint, recipe, architecture)],
+        scheme_of=mixed.scheme_of if mixed else None,
+        stored=container.stored,
+        files=container.files,
     )
-    job = Job(model, checkpoint, source, recipe, method, transforms, format, plan, architecture, stats, changes)
+    container = _with_kinds(container, plan)
+    kv = KV_SCHEMES[recipe.kv] if recipe.kv else None
+    notes = (*_notes_of(container), *(mixed.notes if mixed else ()))
+    job = Job(model, checkpoint, source, recipe, method, transforms, format, container, plan, architecture, kv, stats,
+              changes, notes)  # fmt: skip
+    if stats and architecture:
+        stats.check_inputs({x.module: x.shape[1] for x in plan.linears if architecture.is_block_linear(x.module)})
+    job.quantization_config()
+    return job
+
+
+def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
+    """The job for a model that is quantized already: the same weights in another format."""
+    path = weights.checkpoint.path
+    rounding = {
+        "--scheme": recipe.scheme != AUTO, "--method": recipe.method != AUTO, "--layer": bool(recipe.layers),
+        "--transform": bool(recipe.transforms), "--kv": recipe.kv is not None, "--stats": recipe.stats is not None,
+    }  # fmt: skip
+    asked = [flag for flag, given in rounding.items() if given]
+    if asked:
+        raise UsageError(
+            f"{path} is already quantized, and {asked[0]} would round it a second time",
+            "`--format NAME` alone lays it out anew as it is; --requantize rounds again, from what it is worth now",
+        )
+    if recipe.format == "auto":
+        raise UsageError(
+            f"{path} is already quantized",
+            f"lay it out anew with `--format NAME` ({', '.join(FORMATS)}), or give the model that it was made from",
+        )
+    format = get_format(recipe.format)
+    architecture = _architecture(weights.checkpoint, recipe, False, False)
+    known = architecture or LLAMA
+    targets: dict[str, QuantScheme] = {}
+    impossible: list[str] = []
+    for module, scheme in weights.schemes.items():
+        shape = weights.matrix_shape(module)
+        target = relaid_scheme(scheme, shape, format)
+        if target is None:
+            impossible.append(f"`{module}` is {scheme}, which {format.name} cannot hold: "
+                              f"{format.problem(scheme, shape) or scheme.shape_error(shape)}")  # fmt: skip
+        else:
+            targets[module] = target
+    if impossible:
+        more = f" ({len(impossible) - 1} more like it)" if len(impossible) > 1 else ""
+        raise UsageError(impossible[0] + more, HINT)
+    container = _container(format, weights.checkpoint, weights.checkpoint.config, None)
+    recipe = replace(recipe, scheme="as it is", method=NO_METHOD, ignore=())
+    plan = make_plan(
+        {**weights.dense, **weights.kv_tensors},
+        recipe,
+        format.tensors,
+        storable=lambda linear: _problem(format, linear, known),
+        transposed=weights.is_transposed,
+        scheme_of=lambda module, shape: targets.get(module),
+        stored=container.stored,
+        files=container.files,
+    )
+    container = _with_kinds(container, plan)
+    job = Job(model, weights.checkpoint, weights, recipe, None, (), format, container, plan, architecture, weights.kv,
+              notes=_notes_of(container))  # fmt: skip
     job.quantization_config()
     return job
 
@@ -137,7 +221,8 @@ def describe(job: Job) -> dict[str, Any]:
     for kept in job.plan.kept:
         reasons.setdefault(kept.reason, []).append(kept.source.size_bytes)
     scalings = sum(isinstance(transform, ScaleTransform) for transform in job.transforms)
-    memory_bytes, wall_s = estimate(job.plan, job.wanted, job.recipe.data, job.checkpoint.config, scalings)
+    needs = job.wanted - {"squares"}  # which come from a file
+    memory_bytes, wall_s = estimate(job.plan, needs, job.recipe.data, job.checkpoint.config, scalings)
     return {
         "model": job.model,
         "architecture": job.checkpoint.config.get("model_type", "unknown"),
@@ -167,21 +252,101 @@ def describe(job: Job) -> dict[str, Any]:
 
 def readers(job: Job) -> str:
     """Who loads the output: whoever loads its most unusual layer."""
-    return least_capable({job.format.readers(linear.scheme) for linear in job.plan.linears})
+    return least_capable({job.format.readers(linear.scheme, linear.shape) for linear in job.plan.linears})
 
 
-def _wanted(recipe: Recipe, method: Method, transforms: tuple[Transform, ...], schemes: Any) -> frozenset[str]:
+def _wanted(recipe: Recipe, method: Method | None, transforms: tuple[Transform, ...], schemes: Any) -> frozenset[str]:
+    if method is None:
+        return frozenset()
     static = any(s.activations and s.activations.is_static for s in schemes)
     wanted = set(method.needs).union(*(t.needs for t in transforms), {"vectors"} if static else ())
-    return frozenset(wanted | ({"kv"} if recipe.kv else set()))
+    wanted |= {"kv"} if recipe.kv else set()
+    return frozenset(wanted or ({"squares"} if recipe.stats else ()))
 
 
-def _format_name(recipe: Recipe, architecture: Architecture) -> str:
+def _format_name(recipe: Recipe, architecture: Architecture, schemes: list[QuantScheme]) -> str:
     """The format asked for, or the first that can store every scheme."""
-    if recipe.format != "auto":
-        return recipe.format
-    schemes = [QuantScheme.parse(text) for text in (recipe.scheme, *recipe.layers.values())]
-    return format_for(schemes, architecture.transposed)
+    return recipe.format if recipe.format != "auto" else format_for(schemes, architecture.transposed)
+
+
+def _solvable(architecture: Architecture, format: Format) -> Callable[[str], bool]:
+    """Whether a module can be rounded in this run: by the method, or, outside the blocks, to nearest."""
+    outside = [architecture.embedding, architecture.head] if format.takes_embeddings else []
+    names = {spelling for module in outside for spelling in architecture.spellings(f"{module}.")}
+    return lambda module: architecture.is_block_linear(module) or f"{module}." in names
+
+
+def _container(format: Format, checkpoint: Checkpoint, config: Mapping[str, Any], mix: Mix | None) -> Container:
+    """What the tensors of the output lie in."""
+    if format.container == "safetensors":
+        return Safetensors()
+    from qtool.gguf.checkpoint import GGUFCheckpoint
+    from qtool.gguf.container import GGUFContainer
+    from qtool.gguf.model import GGUFModel
+    from qtool.gguf.tokenizer import tokenizer_metadata
+
+    model = GGUFModel.of_config(dict(config))
+    if isinstance(checkpoint, GGUFCheckpoint):
+        keys = {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
+        tokenizer = {key: value for key, value in keys.items() if type(value) is not int or value >= 0}  # -1: none
+    else:
+        tokenizer = tokenizer_metadata(checkpoint.root, int(config["vocab_size"]))
+    general = {"general.quantization_version": 2}
+    if mix:
+        general["general.file_type"] = mix.file_type
+    return GGUFContainer(model, {**model.metadata(), **general, **tokenizer}, {})
+
+
+def _with_kinds(container: Container, plan: Plan) -> Container:
+    """A container that knows which tensors are blocks of which type."""
+    if isinstance(container, Safetensors):
+        return container
+    from qtool.gguf.container import GGUFContainer
+
+    assert isinstance(container, GGUFContainer)
+    kinds = {x.source.name: x.scheme.kind for x in plan.linears if x.scheme.kind not in FLOATS}
+    return GGUFContainer(container.model, container.metadata, kinds)
+
+
+def _notes_of(container: Container) -> tuple[str, ...]:
+    """Where the readers of a container compute something else than transformers."""
+    from qtool.gguf.container import GGUFContainer
+
+    return container.model.notes if isinstance(container, GGUFContainer) else ()
+
+
+def _mix(recipe: Recipe) -> Mix | None:
+    """The mix that a recipe asks for; a name that is also a scheme of other formats is one for GGUF alone."""
+    mix = MIXES.get(recipe.scheme)
+    if recipe.format == "gguf" or mix is None or (recipe.format == "auto" and recipe.scheme != "mxfp4"):
+        return mix
+    if recipe.scheme in (*KINDS, *FLOATS):
+        return None
+    raise UsageError(f"`{recipe.scheme}` is a mix of llama.cpp's, for GGUF files", "use `--format gguf`")
+
+
+class _Mixed:
+    """What a mix makes of each matrix of a model; `notes` says where that is not what its name promises."""
+
+    def __init__(
+        self, mix: Mix, container: Any, config: Mapping[str, Any], names: Collection[str], weighted: bool
+    ) -> None:
+        self.mix, self.model, self.weighted = mix, container.model, weighted
+        heads = int(config_value(config, "num_attention_heads") or 1)
+        self.gqa = heads // int(config_value(config, "num_key_value_heads") or heads)
+        self.tied = not any(self.model.gguf_name(name) == "output.weight" for name in names)
+        self.notes: dict[str, None] = {}
+
+    def scheme_of(self, module: str, shape: tuple[int, ...]) -> QuantScheme:
+        name = self.model.gguf_name(f"{module}.weight") or module
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(?:\.weight)?", name)
+        assert match
+        role = "output" if self.tied and match[2] == "token_embd" else match[2]
+        block = int(match[1] or 0)
+        kind, note = mix_scheme(self.mix, role, block, self.model.blocks, (shape[0], shape[1]), self.gqa, self.weighted)
+        if note:
+            self.notes[note] = None
+        return QuantScheme.parse(kind)
 
 
 def _problem(format: Format, linear: Linear, architecture: Architecture) -> str | None:
@@ -189,9 +354,9 @@ def _problem(format: Format, linear: Linear, architecture: Architecture) -> str 
     if architecture.transposed and not format.takes_transposed:
         return f"its linears store their weight [in, out], which readers of {format.name} do not know"
     tables = [name for part in (architecture.embedding, *architecture.before) for name in architecture.spellings(part)]
-    if linear.module in tables and format.name != "qtool":
+    if linear.module in tables and not format.takes_embeddings:
         return f"it is an embedding, which readers of {format.name} load as it is"
-    return format.problem(linear.scheme)
+    return format.problem(linear.scheme, linear.shape)
 
 
 def _architecture(checkpoint: Checkpoint, recipe: Recipe, data: bool, transforms: bool) -> Architecture | None:
@@ -206,22 +371,17 @@ def _architecture(checkpoint: Checkpoint, recipe: Recipe, data: bool, transforms
     return ARCHITECTURES.get(str(checkpoint.config.get("model_type")))
 
 
-def _saved_stats(recipe: Recipe, checkpoint: Checkpoint, wanted: frozenset[str]) -> SavedStats | None:
+def _saved_stats(recipe: Recipe, checkpoint: Checkpoint, wanted: frozenset[str]) -> SavedStats | ImatrixStats | None:
     if recipe.stats is None:
         return None
-    from qtool.calibration.saved import SavedStats
+    from qtool.calibration.imatrix_file import open_stats
 
-    if not wanted:
-        raise UsageError(
-            f"`{recipe.method}` with this scheme uses no statistics of the inputs, but --stats gives some",
-            "leave --stats out, or choose another --method or a --transform",
-        )
     if "cross" in wanted:
         raise UsageError(
             f"`{recipe.method}` compares the float and the rounded model on the same rows: saved statistics do not do",
             "give data instead of --stats, or use `--method gptq`",
         )
-    return SavedStats(Path(recipe.stats), checkpoint)
+    return open_stats(Path(recipe.stats), checkpoint, wanted)
 
 
 def _kv_scales(checkpoint: Checkpoint, recipe: Recipe, architecture: Architecture | None) -> list[TensorInfo]:

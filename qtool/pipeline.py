@@ -15,13 +15,16 @@ from qtool.checkpoint.existing import check_apart, check_replaceable, check_same
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
 from qtool.checkpoint.writer import MANIFEST, StagedOutput, write_json
 from qtool.errors import QtoolError, ReadError
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.job import Job, readers
 from qtool.memory import return_freed_memory
+from qtool.models.loading import load_tokenizer
 from qtool.recipe import Recipe, to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
 ADDED = "was tied to the embedding, and is a tensor of its own now"
+LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 OWN_FILES = {MANIFEST, "config.json", "quantize_config.json"}
 SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial"}
 
@@ -64,7 +67,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     from qtool.solving.solver import Solver
 
     device = pick_device(options.device)
-    staged = StagedOutput(out, job.plan.outputs, identity, options.force)
+    staged = StagedOutput(out, job.plan.outputs, identity, options.force, job.container)
     resumed = len(staged.done)
     solver = Solver(job, staged, device, progress, watch)
     try:
@@ -74,11 +77,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
             staged.discard()
         raise
     with watch.stage("verify"):
-        entry = job.quantization_config()
-        config = {**job.checkpoint.config, **job.config_changes, "quantization_config": entry}
-        write_json(staged.folder / "config.json", config)
-        staged.write_index()
-        staged.copy_files(_rest_of_files(job.checkpoint))
+        _describe(job, staged)
         try:
             _verify(job, staged, progress)
         except QtoolError:
@@ -99,6 +98,26 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     return report, False
 
 
+def _describe(job: Job, staged: StagedOutput) -> None:
+    """Config, tokenizer and whatever else belongs beside the weights; a GGUF file has all that in itself."""
+    rest = _rest_of_files(job.checkpoint)
+    if job.format.container == "gguf":
+        staged.copy_files(path for path in rest if path.name.upper().startswith(LICENCES))
+        return
+    entry = job.quantization_config()
+    config = {**job.checkpoint.config, **job.config_changes, "quantization_config": entry}
+    if entry is None:
+        del config["quantization_config"]
+    else:
+        for name, tree in job.format.files(entry).items():
+            write_json(staged.folder / name, tree)
+    write_json(staged.folder / "config.json", config)
+    staged.write_index()
+    staged.copy_files(rest)
+    if job.checkpoint.home.is_file():
+        load_tokenizer(job.checkpoint.home).save_pretrained(staged.folder)
+
+
 def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     """What decides the bytes of the output: a run with the same identity is the same run."""
     recipe = to_tree(job.recipe)
@@ -107,7 +126,7 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     for name in job.recipe.options:
         recipe.pop(name)
     for name, options in zip([job.recipe.method, *job.recipe.transforms], [job.method, *job.transforms], strict=True):
-        recipe[name] = asdict(options)  # type: ignore[call-overload]
+        recipe[name] = asdict(options) if options else {}  # type: ignore[call-overload]
     recipe["format"] = job.format.name
     data = {}
     if job.stats:
@@ -124,7 +143,7 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
 
 def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:
     """Tokenizer, generation config, licence and whatever else stands beside the weights."""
-    if checkpoint.path.is_file():
+    if checkpoint.path.is_file() or checkpoint.home.is_file():
         return []
     names = OWN_FILES | {INDEX}
     files = sorted(p for p in checkpoint.root.iterdir() if p.is_file() and p.name not in names)
@@ -135,10 +154,10 @@ def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
     """Read everything back: the bytes of each tensor, and that each linear unpacks to exactly what was solved."""
     from qtool.solving.record import digest, digest_bytes, read_back
 
-    written = Checkpoint(staged.folder)
+    written = open_checkpoint(staged.folder)
     for done, unit in enumerate(job.plan.units):
         record = staged.done[unit.name]
-        for name, tensor in written.borrow(record["tensors"]):
+        for name, tensor in written.borrow_stored(record["tensors"]):
             if digest_bytes(tensor) != record["tensors"][name]:
                 raise QtoolError(
                     f"`{name}` reads back other bytes than were written to {staged.folder}: a faulty disk?"
@@ -161,7 +180,7 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
     notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
     on_disk = job.plan.bits_on_disk
     in_bytes = [x.scheme for x in job.plan.linears if x.scheme.kind == "int" and x.scheme.bits < 8 < on_disk]
-    if in_bytes:
+    if in_bytes and job.format.name != "dense":
         notes.append(f"{on_disk:.3f} bits per weight on disk: readers of {in_bytes[0]} want every code in a byte")
     return Report(
         model=job.model,

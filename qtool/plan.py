@@ -14,14 +14,12 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from qtool.errors import UsageError
-from qtool.headers import DTYPE_BITS, WEIGHT_DTYPES, TensorInfo, scale_dtype
+from qtool.headers import WEIGHT_DTYPES, TensorInfo
 from qtool.recipe import DEFAULT_IGNORE, Recipe
 from qtool.scheme import QuantScheme
 
 OUTSIDE = "outside the blocks"
 MASK = "a mask, not a weight"
-SHARD_BYTES = 5_000_000_000
-Layout = Callable[[str, QuantScheme, tuple[int, ...], str], list[TensorInfo]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,19 @@ class Unit:
     added: tuple[TensorInfo, ...] = ()  # what the source does not have
 
 
+Layout = Callable[[Linear], list[TensorInfo]]  # the tensors that stand for a linear
+Stored = Callable[[TensorInfo], TensorInfo | None]  # how a kept tensor is written, None for not at all
+Files = Callable[[list[TensorInfo]], dict[str, TensorInfo]]  # in which file each is
+
+
+def _as_it_is(info: TensorInfo) -> TensorInfo | None:
+    return info
+
+
+def _in_no_file(infos: list[TensorInfo]) -> dict[str, TensorInfo]:
+    return {info.name: info for info in infos}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What happens to every tensor; `outputs` are the tensors written, each with its file."""
@@ -110,16 +121,20 @@ def make_plan(
     storable: Callable[[Linear], str | None] | None = None,
     transposed: Callable[[str], bool] | None = None,
     added: Iterable[TensorInfo] = (),
+    scheme_of: Callable[[str, tuple[int, ...]], QuantScheme | None] | None = None,
+    stored: Stored = _as_it_is,
+    files: Files = _in_no_file,
 ) -> Plan:
     """The plan for a checkpoint's headers. `fused` names linears (relative to a block) that are served as one;
     `solvable` says which modules the method can work on, `storable` why the format cannot store a linear, if so,
     `transposed` which modules store their weight [in, out]. `added` are tensors that the source does not have.
-    Raises UsageError with every problem in it."""
+    `scheme_of` gives module and shape their scheme where it is not the same for all, None to keep a matrix as it is.
+    `stored` and `files` are those of the container. Raises UsageError with every problem in it."""
     problems: list[str] = []
     hints: list[str] = []
     for pattern in (*recipe.layers, *recipe.ignore):
         _check_pattern(pattern)
-    default = QuantScheme.parse(recipe.scheme)
+    default = None if scheme_of else QuantScheme.parse(recipe.scheme)
     overrides = {pattern: QuantScheme.parse(scheme) for pattern, scheme in recipe.layers.items()}
     linears: list[Linear] = []
     kept: list[Kept] = []
@@ -131,10 +146,14 @@ def make_plan(
             kept.append(reason)
             modules.append(module)
             continue
-        scheme = default
+        is_transposed = bool(transposed and transposed(module))
+        scheme = scheme_of(module, info.shape[::-1] if is_transposed else info.shape) if scheme_of else default
         for pattern, override in overrides.items():
             scheme = override if matches(module, pattern) else scheme
-        linears.append(Linear(module, info, scheme, bool(transposed and transposed(module))))
+        if scheme is None:
+            kept.append(Kept(info, "not quantized before", True))
+        else:
+            linears.append(Linear(module, info, scheme, is_transposed))
         modules.append(module)
     _check_patterns(recipe, modules, linears, problems, hints)
     _check_shapes(linears, problems, hints)
@@ -154,7 +173,7 @@ def make_plan(
     if problems:
         raise UsageError("\n".join(problems), hints[0] if hints else None)
     units = _units(linears, kept, list(added))
-    return Plan(units, _assign_files(units, layout))
+    return Plan(units, files(_outputs(units, layout, stored)))
 
 
 def matches(module: str, pattern: str) -> bool:
@@ -308,26 +327,12 @@ def _units(linears: list[Linear], kept: list[Kept], added: list[TensorInfo]) -> 
     )
 
 
-def _assign_files(units: Iterable[Unit], layout: Layout) -> dict[str, TensorInfo]:
-    """Every tensor that is written, in order, with the shard it goes to."""
+def _outputs(units: Iterable[Unit], layout: Layout, stored: Stored) -> list[TensorInfo]:
+    """Every tensor that is written, in order."""
     outputs: list[TensorInfo] = []
     for unit in units:
-        outputs += [*(kept.source for kept in unit.kept), *unit.added]
+        kept = [stored(kept.source) for kept in unit.kept]
+        outputs += [*(info for info in kept if info), *unit.added]
         for linear in unit.linears:
-            outputs += layout(linear.module, linear.scheme, linear.shape, scale_dtype(linear.source.dtype))
-    shards: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for info in outputs:
-        if filled and filled + info.size_bytes > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(info)
-        filled += info.size_bytes
-    total = len(shards)
-    result = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        # safetensors wants each tensor aligned to its own type: wide types first
-        for info in sorted(shard, key=lambda i: (-DTYPE_BITS[i.dtype], i.name)):
-            result[info.name] = dataclasses.replace(info, file=file)
-    return result
+            outputs += layout(linear)
+    return outputs

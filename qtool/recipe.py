@@ -19,9 +19,14 @@ from typing import Any
 import yaml
 
 from qtool.errors import UsageError, unknown
+from qtool.mixes import ALIASES as MIX_ALIASES
+from qtool.mixes import MIXES
 from qtool.scheme import KV_SCHEMES, QuantScheme
 
-DEFAULT_IGNORE = ("*lm_head", "*embed_out", "*embed*", "*wte", "*wpe", "*norm*", "*router*", "*.gate")
+EMBEDDINGS = ("*lm_head", "*embed_out", "*embed*", "*wte", "*wpe")
+DEFAULT_IGNORE = (*EMBEDDINGS, "*norm*", "*router*", "*.gate")
+AUTO, DEFAULT_SCHEME, DEFAULT_METHOD = "auto", "int4-g128-sym", "gptq"
+NO_METHOD = "none"  # of a model that is only laid out anew
 PROTOCOLS = ("windows", "rows", "llama.cpp")
 SHORTHANDS = {"data": "source", "eval": "data"}  # a section given as one word means this key of it
 
@@ -69,17 +74,18 @@ class EvalSpec:
 class Recipe:
     """What `quantize` does to a model."""
 
-    scheme: str = "int4-g128-sym"  # of every linear layer that no pattern below names
+    scheme: str = AUTO  # of every linear that no pattern below names; auto: int4-g128-sym
     layers: Mapping[str, str] = field(default_factory=dict)  # pattern -> scheme; the last match wins
     ignore: tuple[str, ...] = DEFAULT_IGNORE  # patterns of modules that stay as they are
     transforms: tuple[str, ...] = ()  # what is done to the weights before, in this order
-    method: str = "gptq"  # which codes are chosen
+    method: str = AUTO  # which codes are chosen; auto: gptq
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # method or transform -> its options
     kv: str | None = None  # the key/value cache when the model is served: fp8 or int8
     format: str = "auto"  # how they lie on disk; auto: what the scheme's readers expect
     data: DataSpec = DataSpec()  # calibration rows, for what wants them
     stats: str | None = None  # saved statistics instead of data, as `qtool calibrate` writes them
     eval: EvalSpec | None = None  # measure before and after, and gate
+    requantize: bool = False  # a model that is quantized already is rounded a second time
     strict: bool = False  # a tensor left alone for any reason that was not asked for is an error
 
 
@@ -99,10 +105,16 @@ def build(tree: Mapping[str, Any], with_options: typing.Iterable[str]) -> Recipe
     if recipe.kv is not None and recipe.kv not in KV_SCHEMES:
         raise unknown("type of key/value cache", recipe.kv, KV_SCHEMES)
     layers = {pattern: str(QuantScheme.parse(scheme)) for pattern, scheme in recipe.layers.items()}
-    recipe = dataclasses.replace(recipe, options=options, layers=layers, scheme=str(QuantScheme.parse(recipe.scheme)))
+    recipe = dataclasses.replace(recipe, options=options, layers=layers, scheme=_scheme(recipe.scheme))
     if recipe.eval and recipe.eval.protocol not in PROTOCOLS:
         raise unknown("protocol", recipe.eval.protocol, PROTOCOLS)
     return recipe
+
+
+def _scheme(text: str) -> str:
+    name = text.strip().lower()
+    name = MIX_ALIASES.get(name, name)
+    return name if name == AUTO or name in MIXES else str(QuantScheme.parse(text))
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from qtool.errors import UsageError, unknown
 
 DEFAULT_GROUP_SIZE = 128
 BLOCK = 128  # rows and columns that share a scale when granularity is "block"
-NESTED_BLOCK = 256  # absolute maxima of nf4 that share a second-level scale
+NESTED_BLOCK = 256  # absolute maxima of nf4-dq and fp4-dq that share a second-level scale
 EXAMPLES = (
     "int4-g128-sym", "int8-channel-sym", "w4a16", "w4a16-g64-asym", "w3a16", "w8a16", "w2a16", "w8a8", "w4a8",
     "fp8", "fp8-dynamic", "fp8-block", "fp8-e4m3-channel", "fp8-e5m2-channel", "nvfp4", "nvfp4a16", "mxfp4",
-    "mxfp4a16", "mxfp8", "mxfp8a16", "nf4", "nf4-dq", "llm-int8", "int3-g64-sym+outliers-0.5%", "q8_0", "q4_0", "q4_1",
-    "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "f16", "bf16", "f32",
+    "mxfp4a16", "mxfp8", "mxfp8a16", "nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8", "int3-g64-sym+outliers-0.5%",
+    "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+    "f16", "bf16", "f32",
 )  # fmt: skip
 ACTIVATION_EXAMPLES = ("int8-token", "int8-tensor", "fp8-e4m3-token", "fp8-e4m3-tensor", "fp8-e4m3-g128")
 ALIASES = {
@@ -86,6 +87,8 @@ KINDS = {
     "mxfp8": Kind(8, 32, 8),
     "nf4": Kind(4, 64, 32),
     "nf4-dq": Kind(4, 64, 8),  # and one float32 for every 256 of them
+    "fp4": Kind(4, 64, 32),
+    "fp4-dq": Kind(4, 64, 8),  # likewise
     "llm-int8": Kind(8, None, 32),
     **{name: Kind(block.bits, block.group) for name, block in (FLOATS | BLOCK_TYPES).items()},
 }
@@ -222,7 +225,7 @@ class QuantScheme:
         )
         if self.kind == "nvfp4":
             bits += 32
-        elif self.kind == "nf4-dq":
+        elif self.kind.endswith("-dq"):
             bits += 32 * (ceil(scales / NESTED_BLOCK) + 1)
         if self.outliers:
             bits += 32 * (self.outlier_count(shape) + shape[0] + 1)  # column and value; where each row begins

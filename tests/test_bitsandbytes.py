@@ -25,7 +25,7 @@ from qtool.numerics.scales import nest
 from qtool.scheme import KV_SCHEMES, QuantScheme
 
 FORMAT = BitsAndBytes()
-KINDS = ["nf4", "nf4-dq", "llm-int8"]
+KINDS = ["nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8"]
 STATE = "weight.quant_state.bitsandbytes__nf4"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -38,7 +38,7 @@ def any_qtensor(kind: str, out: int, inputs: int, seed: int = 0) -> QTensor:
     scale = torch.rand(out, scheme.groups(inputs), generator=generator) + 1e-3
     if kind == "llm-int8":
         return QTensor(codes, GridParams(scale * 127 / 127), scheme)
-    if kind == "nf4":
+    if kind in ("nf4", "fp4"):
         return QTensor(codes, GridParams(scale), scheme)
     nested, maxima, offset = nest(scale)
     return QTensor(codes, GridParams(nested, None, maxima, offset), scheme)
@@ -136,13 +136,13 @@ def test_bitsandbytes_packs_the_same_tensors(kind: str) -> None:
         theirs = {"weight": codes, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     else:
         data, state = bnb.functional.quantize_4bit(
-            dense.bfloat16(), quant_type="nf4", compress_statistics=kind != "nf4"
+            dense.bfloat16(), quant_type=kind[:3], compress_statistics=kind.endswith("-dq")
         )
         theirs = {"weight": data, **{f"weight.{n}": t for n, t in state.as_dict(packed=True).items()}}
     ours = parts(kind, FORMAT.unpack("m", {f"m.{n}": t for n, t in theirs.items()}, QuantScheme.parse(kind)))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
-        if name == STATE:
+        if "quant_state" in name:
             assert json.loads(bytes(ours[name].tolist())) == json.loads(bytes(tensor.tolist()))
         elif name == "SCB":
             assert torch.allclose(ours[name], tensor, rtol=2**-23, atol=0), (
@@ -163,8 +163,12 @@ def test_the_config_is_what_transformers_writes() -> None:
     four["llm_int8_skip_modules"] = ["lm_head"]
     assert ours(["nf4"]) == BitsAndBytesConfig(**four).to_dict()
     assert ours(["nf4", "nf4-dq"]) == BitsAndBytesConfig(**four, bnb_4bit_use_double_quant=True).to_dict()
-    with pytest.raises(UsageError, match="either llm-int8 or nf4"):
-        ours(["nf4", "llm-int8"])
+    four["bnb_4bit_quant_type"] = "fp4"
+    assert ours(["fp4"]) == BitsAndBytesConfig(**four).to_dict()
+    assert ours(["fp4-dq"]) == BitsAndBytesConfig(**four, bnb_4bit_use_double_quant=True).to_dict()
+    for kinds in (["nf4", "llm-int8"], ["nf4", "fp4-dq"]):
+        with pytest.raises(UsageError, match="holds llm-int8, nf4 or fp4 in one checkpoint"):
+            ours(kinds)
     with pytest.raises(UsageError, match="keys and values"):
         FORMAT.config({"m": QuantScheme.parse("nf4")}, [], KV_SCHEMES["fp8"])
 
@@ -194,6 +198,8 @@ def spelled(text: str) -> Tensor:
 
 WRONG_BLOCKS = '{"quant_type": "nf4", "blocksize": 128, "dtype": "float16", "shape": [6, 128]}'
 WRONG_SHAPE = '{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [6, 100]}'
+FP4 = '{"quant_type": "fp4", "blocksize": 64, "dtype": "float16", "shape": [6, 128]}'
+NO_OFFSET = '{"quant_type": "fp4", "blocksize": 64, "nested_blocksize": 256, "dtype": "float16", "shape": [6, 128]}'
 DAMAGES = {
     "a flat weight": ("llm-int8", put("a.b.weight", torch.zeros(9).char()), "a.b.weight"),
     "no weight": ("llm-int8", put("a.b.weight", None), "a.b` has SCB but no weight"),
@@ -209,7 +215,13 @@ DAMAGES = {
     "a shape of words": ("nf4", put(f"a.b.{STATE}", spelled('{"shape": ["a", 1]}')), "impossible shape"),
     "other blocks": ("nf4", put(f"a.b.{STATE}", spelled(WRONG_BLOCKS)), "a scale for 128 weights"),
     "broken blocks": ("nf4", put(f"a.b.{STATE}", spelled(WRONG_SHAPE)), "100 inputs are not a multiple of 64"),
-    "fp4": ("nf4", put(f"c.{STATE}".replace("nf4", "fp4"), spelled("{}")), "`c` is fp4"),
+    "two types": ("nf4", put(f"a.b.{STATE}".replace("nf4", "fp4"), spelled(FP4)), "said to be fp4 and nf4"),
+    "a long text": ("nf4", put(f"a.b.{STATE}", spelled("[" * 5000)), "5000 bytes"),
+    "a deep text": ("nf4", put(f"a.b.{STATE}", spelled("[" * 4000)), f"a.b.{STATE}"),
+    "no offset": ("fp4-dq", put(f"a.b.{STATE}".replace("nf4", "fp4"), spelled(NO_OFFSET)), "impossible offset"),
+    "other values": ("fp4", put("a.b.weight.quant_map", torch.ones(16)), "has other values"),
+    "a wide format": ("llm-int8", put("a.b.weight_format", torch.zeros(9).byte()), "a.b.weight_format` in"),
+    "endless threshold": ("llm-int8", lambda t, c: c.update(llm_int8_threshold=1e999), "llm_int8_threshold inf"),
     "no nested map": ("nf4-dq", put("a.b.weight.nested_quant_map", None), "a.b.weight.nested_quant_map"),
 }  # fmt: skip
 
@@ -255,7 +267,7 @@ TOKENS = torch.arange(2, 26).view(2, 12)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("kinds", [["llm-int8"], ["nf4"], ["nf4-dq"], ["nf4", "nf4-dq"]], ids=str)
+@pytest.mark.parametrize("kinds", [["llm-int8"], ["nf4"], ["nf4-dq"], ["nf4", "nf4-dq"], ["fp4"], ["fp4-dq"]], ids=str)
 def test_transformers_loads_what_is_written(
     tmp_path: Path, make_model: Callable[..., Path], architecture: str, kinds: list[str]
 ) -> None:
@@ -322,7 +334,7 @@ def test_we_read_what_transformers_writes(
         BitsAndBytesConfig(load_in_8bit=True)
         if kind == "llm-int8"
         else BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=kind == "nf4-dq"
+            load_in_4bit=True, bnb_4bit_quant_type=kind[:3], bnb_4bit_use_double_quant=kind.endswith("-dq")
         )
     )
     source = make_model(architecture)

@@ -290,7 +290,7 @@ KINDS = {
     "no baseline path": (["eval-ppl", "m", "--baseline", "nope"], said(
         "no such file or folder: nope", NO_SUCH[6:-1])),
     "no safetensors": (["quantize", "c.jsonl", "-o", "new"], said(
-        "c.jsonl is not a .safetensors file", "give a folder, a .safetensors file, or a hub id")),
+        "c.jsonl is neither a .safetensors nor a .gguf file", "give a folder, such a file, or a hub id")),
     "an empty folder": (["quantize", "empty", "-o", "new"], said(
         "empty holds no *.safetensors", "give a folder with a model in safetensors, or a hub id")),
     "only .bin": (["quantize", "pickled", "-o", "new"], said(
@@ -334,8 +334,7 @@ KINDS = {
     "recipe value out of range": ([*INTO, *RTN, "--transform", "smoothquant", "--set", "smoothquant.strength=2"], said(
         "smoothquant.strength=2.0 is not between 0 and 1", "leave it out to search")),
     "cache": ([*INTO, *RTN, "--kv", "fp9"], said("unknown type of key/value cache `fp9`", "did you mean `fp8`?")),
-    "format of nothing known": ([*INTO, "--format", "gguf"], re.compile(
-        r"error: unknown format `gguf`\n\nhint: known: .*compressed-tensors, bitsandbytes, qtool\n")),
+    "format of nothing known": ([*INTO, "--format", "ggml"], said("unknown format `ggml`", "did you mean `gguf`?")),
     "rotation of gemma2": (["quantize", "gemma2", "-o", "new", *RTN, "--transform", "rotation"], said(
         "gemma2 cannot take `rotation`: `gemma2` is not among the architectures that can be rotated: "
         "llama, mistral, phi3, qwen2, qwen3", "leave `rotation` out")),
@@ -359,14 +358,14 @@ KINDS = {
         [*INTO, "--method", "rtn", "--scheme", "fp8-e5m2", "--format", "compressed-tensors"],
         unstorable("fp8-e5m2-channel", "fp8-e5m2 is not among the types of compressed-tensors", 13)),
     "integers in bitsandbytes": ([*INTO, *RTN, "--format", "bitsandbytes"],
-        unstorable("int4-g32-sym", "bitsandbytes stores nf4, nf4-dq and llm-int8", 13)),
+        unstorable("int4-g32-sym", "bitsandbytes stores nf4, nf4-dq, fp4, fp4-dq and llm-int8", 13)),
     "gpt2 in compressed-tensors": (
         ["quantize", "gpt2", "-o", "new", *RTN, "--format", "compressed-tensors"],
         unstorable("int4-g32-sym", "its linears store their weight [in, out], which readers of compressed-tensors do"
                    " not know", 7)),
     "two kinds of bitsandbytes": (
         [*INTO, "--method", "rtn", "--scheme", "nf4", "--layer", "*.down_proj=llm-int8"], said(
-        "bitsandbytes holds either llm-int8 or nf4 in one checkpoint, not llm-int8 and nf4",
+        "bitsandbytes holds llm-int8, nf4 or fp4 in one checkpoint, not llm-int8 and nf4",
         "use one of them for all layers, or `--format qtool`")),
     "blocks": ([*INTO, "--method", "rtn", "--scheme", "fp8-block"], re.compile(
         r"error: `model\.layers\.0\.mlp\.gate_proj\.weight` cannot use fp8-e4m3-block\+fp8-e4m3-g128: "
@@ -375,9 +374,6 @@ KINDS = {
         rf"error: `model\.layers\.0\.mlp\.down_proj\.weight` cannot use {scheme}: "
         rf"136 inputs are not a multiple of {multiple} \(1 more like it\)\n\nhint: .*`--\w+ '\*\.down_proj.*'`\n"))
         for scheme, multiple in (("nvfp4a16", 16), ("nvfp4", 16), ("mxfp4", 32), ("mxfp8a16", 32), ("nf4", 64))},
-    "statistics that nothing uses": ([*INTO, *RTN, "--stats", "stats"], said(
-        "`rtn` with this scheme uses no statistics of the inputs, but --stats gives some",
-        "leave --stats out, or choose another --method or a --transform")),
     "statistics for gptaq": ([*INTO, "--scheme", "int4-g32-sym", "--method", "gptaq", "--stats", "stats"], said(
         "`gptaq` compares the float and the rounded model on the same rows: saved statistics do not do",
         "give data instead of --stats, or use `--method gptq`")),
@@ -1126,7 +1122,10 @@ def test_what_is_quantized_is_not_quantized_again(qtool, here):
     assert qtool("quantize", "out", "-o", "twice", *RTN).all == (
         2,
         "",
-        said("out is already quantized", "give the model that it was made from"),
+        said(
+            "out is already quantized, and --scheme would round it a second time",
+            "`--format NAME` alone lays it out anew as it is; --requantize rounds again, from what it is worth now",
+        ),
     )
 
 

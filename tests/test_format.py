@@ -347,7 +347,6 @@ CONFIGS = {
     "float": (edit(type="float"), "4-bit float per group"),
     "blocks": (edit(strategy="block"), "4-bit int per block"),
     "activations": (edit(input_activations={"num_bits": 8}), "not read"),
-    "act order": (edit(actorder="group"), "not read"),
     "no weights": (edit(weights=None), "not read"),
     "no target": (edit(targets=["re:nothing"]), f"`{GROUPED}`"),
     "no bits": (edit(num_bits=None), "not read"),

@@ -281,7 +281,7 @@ def test_memory_of_schemes_is_what_quantize_writes(tmp_path):
     checkpoint = Checkpoint(write(tmp_path / "m", tensors))
     options = {o.weights: o.weight_bytes for o in memory(checkpoint, 10, 1).options}
     assert options["this checkpoint"] == options["bf16"] == sum(2 * t.numel() for t in tensors.values())
-    layout = get_format("compressed-tensors").layout
+    layout = get_format("compressed-tensors").tensors
     for scheme in ("int8-channel-sym", "int4-g128-sym", "int3-g128-sym", "int2-g128-sym"):
         plan = make_plan(checkpoint.tensors, Recipe(scheme=scheme), layout)
         shapes = 16 * len(plan.linears)  # weight_shape, the format's own

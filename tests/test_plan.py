@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool import plan as plan_module
+from qtool.checkpoint import writer as writer_module
+from qtool.checkpoint.writer import Safetensors
 from qtool.errors import UsageError
 from qtool.formats.compressed_tensors import CompressedTensors
 from qtool.headers import DTYPE_BITS, TensorInfo, kind_of, scale_dtype
@@ -15,8 +16,8 @@ from qtool.plan import OUTSIDE, Plan, make_plan, matches, unit_of
 from qtool.recipe import DEFAULT_IGNORE, Recipe
 
 FUSED = tuple(LLAMA.fused())
-LAYOUT = CompressedTensors().layout
-RECIPE = Recipe(scheme="int4-g32-sym")
+LAYOUT = CompressedTensors().tensors
+RECIPE = Recipe(scheme="int4-g32-sym", method="gptq")
 
 
 def tensor(name: str, *shape: int, dtype: str = "BF16") -> TensorInfo:
@@ -36,7 +37,7 @@ def llama(layers: int = 2, hidden: int = 64, inner: int = 128, dtype: str = "BF1
 
 
 def plan(tensors: dict[str, TensorInfo], recipe: Recipe = RECIPE, **options: object) -> Plan:
-    return make_plan(tensors, recipe, LAYOUT, FUSED, **options)  # type: ignore[arg-type]
+    return make_plan(tensors, recipe, LAYOUT, FUSED, files=Safetensors().files, **options)  # type: ignore[arg-type]
 
 
 def failure(tensors: dict[str, TensorInfo], recipe: Recipe = RECIPE, **options: object) -> UsageError:
@@ -277,7 +278,7 @@ def assert_aligned(made: Plan) -> None:
 def test_shards_are_filled_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = plan(llama(layers=4))
     assert {info.file for info in whole.outputs.values()} == {"model.safetensors"}
-    monkeypatch.setattr(plan_module, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", 30_000)
     made = plan(llama(layers=4))
     sizes: dict[str, int] = {}
     for info in made.outputs.values():
@@ -294,7 +295,7 @@ def test_shards_are_filled_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     last = ""
     for unit in made.units:
         parts = [k.source.name for k in unit.kept]
-        parts += [t.name for x in unit.linears for t in LAYOUT(x.module, x.scheme, x.source.shape, "BF16")]
+        parts += [t.name for x in unit.linears for t in LAYOUT(x)]
         files = [made.outputs[name].file for name in parts]
         assert min(files) >= last
         last = max(files)
@@ -311,12 +312,12 @@ def test_every_tensor_is_aligned_to_its_type(shapes: list, vectors: list, scheme
     tensors = {f"a.{i}.w.weight": tensor(f"a.{i}.w.weight", *shape) for i, shape in enumerate(shapes)}
     for i, (length, dtype) in enumerate(vectors):
         tensors[f"b.{i}.bias"] = tensor(f"b.{i}.bias", length, dtype=dtype)
-    before = plan_module.SHARD_BYTES
-    plan_module.SHARD_BYTES = limit
+    before = writer_module.SHARD_BYTES
+    writer_module.SHARD_BYTES = limit
     try:
-        made = make_plan(tensors, Recipe(scheme=scheme, ignore=()), LAYOUT)
+        made = make_plan(tensors, Recipe(scheme=scheme, ignore=()), LAYOUT, files=Safetensors().files)
     finally:
-        plan_module.SHARD_BYTES = before
+        writer_module.SHARD_BYTES = before
     assert_aligned(made)
 
 

@@ -13,18 +13,9 @@ from typing import Any
 
 from qtool.calibration.saved import SavedStats
 from qtool.errors import QtoolError, UsageError
+from qtool.gguf.architectures import GGUF_NAMES
+from qtool.gguf.model import name_map
 
-GGUF_NAMES = {  # config.json's model_type -> what llama.cpp calls the architecture, where it has it
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-    "gpt_neox": "gptneox",
-    "gpt2": "gpt2",
-}
 TYPE = "imatrix"
 MANIFEST_KEY = "qtool.manifest"  # JSON; llama.cpp takes no notice of keys that it does not know
 SMALLEST = 1e-6  # of the mean importance of a weight's columns
@@ -41,15 +32,11 @@ def check_architecture(kind: str) -> None:
 
 def gguf_names(linears: list[str], kind: str, blocks: int) -> dict[str, str]:
     """What llama.cpp calls the weights of these linears. Raises QtoolError for one that its converter does not know."""
-    import gguf
-
-    name = GGUF_NAMES[kind]
-    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
-    names = gguf.get_tensor_name_map(architecture, blocks)
+    names = name_map(GGUF_NAMES[kind], blocks)
     found = {linear: names.get_name(linear) for linear in linears}
     unknown = [linear for linear, translated in found.items() if translated is None]
     if unknown:
-        raise QtoolError(f"llama.cpp has no name for `{unknown[0]}` of architecture {name}")
+        raise QtoolError(f"llama.cpp has no name for `{unknown[0]}` of architecture {GGUF_NAMES[kind]}")
     return {linear: f"{translated}.weight" for linear, translated in found.items()}
 
 

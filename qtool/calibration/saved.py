@@ -31,6 +31,7 @@ LAYOUT = 1  # of the file and its manifest
 PARTS = {"absmax": "F32", "sum": "F64", "sum_abs": "F64", "sum_squares": "F64", "large": "I64"}  # [I] each
 ABSMAX = ".output.absmax"
 KV = ("k_absmax", "v_absmax")
+SQUARES = "squares"  # what is asked for where nothing needs more: E x^2 alone, which weights the search for scales
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,13 @@ class SavedStats:
             was = self.manifest["tokenizer_sha256"]
             raise self._other("tokenizer", f"its vocabulary was {was[:12]} and is now {sha256[:12]}")
 
+    def check_inputs(self, columns: Mapping[str, int]) -> None:
+        """Raises QtoolError unless these linears, named in full, were measured with so many inputs."""
+        for linear, count in columns.items():
+            features = self.input_of(linear).features
+            if features != count:
+                raise self._other("model", f"`{linear}` had {features} inputs and has {count}")
+
     def _other(self, what: str, why: str) -> QtoolError:
         hint = "`qtool calibrate MODEL -o STATS` makes those of this one"
         return QtoolError(f"{self.path} has statistics of another {what}: {why}", hint)
@@ -151,7 +159,8 @@ class SavedStats:
     def stats(self, name: str, wanted: Collection[str], device: torch.device | None = None) -> InputStats:
         """The sums of the input of the linear `name`, as they were when the data had gone through.
 
-        `wanted` are some of VECTORS and SECOND of `qtool.calibration.stats`. Raises QtoolError for what was not saved.
+        `wanted` are SQUARES or some of VECTORS and SECOND of `qtool.calibration.stats`. Raises QtoolError for what was
+        not saved.
         """
         from qtool.calibration import stats as kinds
 
@@ -167,7 +176,7 @@ class SavedStats:
             return self._read(source.part(part)).to(device)
 
         channels = None
-        if kinds.VECTORS in wanted:
+        if kinds.VECTORS in wanted or SQUARES in wanted:
             channels = kinds.Channels(**{f"{part}_I": read(part) for part in PARTS})
         second = read("second") if kinds.SECOND in wanted else None
         return kinds.InputStats(int(read("tokens")), channels, second)

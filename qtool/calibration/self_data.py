@@ -20,10 +20,11 @@ from torch import Tensor
 
 from qtool.calibration.texts import SELF, check_source
 from qtool.calibration.tokens import DEFAULT_ROWS, Tokenizer, TokenRows, calibration_rows, make_rows, row_length
-from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
 from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.models.architectures import architecture_of
+from qtool.models.loading import load_config
 from qtool.recipe import DataSpec
 
 LIKELIEST = 4  # tokens after the first that are the most likely ones; 3 to 5 in the paper
@@ -88,11 +89,11 @@ def _batch(
 
 def _whole_model(root: Path, device: torch.device) -> Any:
     """The model of a checkpoint in float32, from the tensors of its safetensors files."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # transformers 5.17 draws one on stderr, even in a pipe
-    checkpoint = Checkpoint(root)
+    checkpoint = open_checkpoint(root)
     architecture = architecture_of(checkpoint.config, root)
     weights = Weights(checkpoint)
     needed, free = sum(4 * prod(shape) for shape in weights.shapes.values()), _free_bytes(device)
@@ -102,13 +103,11 @@ def _whole_model(root: Path, device: torch.device) -> Any:
             "give text with --data, which needs one block at a time",
         )
     try:
-        config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = load_config(root)
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))
     except Exception as error:  # a config.json may be wrong in any way
-        raise QtoolError(f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}") from None
+        raise QtoolError(f"transformers cannot use the config of {root}: {' '.join(str(error).split())}") from None
     options = {"attn_implementation": architecture.attention, "dtype": torch.float32}
     model = kind.from_pretrained(None, config=config, state_dict=weights.read(weights.shapes), **options)
     return model.to(device).eval()

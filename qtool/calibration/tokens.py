@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qtool.calibration.texts import is_local, read_texts
 from qtool.errors import QtoolError, UsageError
+from qtool.models.loading import load_tokenizer
 from qtool.recipe import DataSpec
 
 DEFAULT_ROWS = 128
@@ -30,10 +31,8 @@ class Tokenizer:
     """A model's tokenizer: ids with BOS where the model expects it, and no EOS."""
 
     def __init__(self, root: Path, vocabulary: int) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self.inner: Any = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+            self.inner: Any = load_tokenizer(root)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise QtoolError(
                 f"{root} has no tokenizer that transformers can load: {' '.join(str(error).split())[:200]}",

@@ -12,6 +12,7 @@ from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.headers import TensorInfo
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -22,8 +23,10 @@ def local_path(model: str) -> Path | None:
     """The folder or file that MODEL names, or None for a hub id. Raises UsageError for what is neither."""
     path = Path(model).expanduser()
     if path.exists():
-        if path.is_file() and path.suffix != ".safetensors":
-            raise UsageError(f"{path} is not a .safetensors file", "give a folder, a .safetensors file, or a hub id")
+        if path.is_file() and path.suffix not in (".safetensors", ".gguf"):
+            raise UsageError(
+                f"{path} is neither a .safetensors nor a .gguf file", "give a folder, such a file, or a hub id"
+            )
         return path
     if not HUB_ID.fullmatch(model) or model.startswith((".", "/", "~")):
         raise UsageError(f"no such file or folder: {model}", "a hub id looks like `org/name` or `org/name@revision`")
@@ -49,7 +52,7 @@ def open_headers(model: str) -> Checkpoint:
     """
     path = local_path(model)
     if path:
-        return Checkpoint(path)
+        return open_checkpoint(path)
     import httpx
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -57,7 +60,7 @@ def open_headers(model: str) -> Checkpoint:
         try:
             return _fetch_headers(model)
         except (OfflineModeIsEnabled, httpx.TransportError):
-            return Checkpoint(_snapshot(model, cached_only=True))
+            return open_checkpoint(_snapshot(model, cached_only=True))
 
 
 def _fetch_headers(model: str) -> Checkpoint:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError, ReadError, UsageError
+from qtool.errors import QtoolError, ReadError, UsageError, shown
 from qtool.headers import DTYPE_BITS, TensorInfo
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,20 @@ class Checkpoint:
         checkpoint.tensors = {info.name: info for info in tensors}
         checkpoint.files = sorted({info.file for info in checkpoint.tensors.values()})
         for info in checkpoint.tensors.values():
+            check_name(info.name, path)
             if info.dtype not in DTYPE_BITS:
                 raise QtoolError(f"`{info.name}` in {path} has the unknown type {info.dtype}")
         return checkpoint
+
+    @property
+    def home(self) -> Path:
+        """Where its config and its tokenizer are: the folder, or the file that has all in it."""
+        return self.root
+
+    @property
+    def own_files(self) -> list[str]:
+        """Names of the files that say what it is: those of the weights, and config.json where there is one."""
+        return [*self.files, *(["config.json"] if self.config else [])]
 
     @cached_property
     def size_bytes(self) -> int:
@@ -118,8 +130,10 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise ReadError(f"cannot read {path}: {error}") from None
 
+    borrow_stored = borrow  # as they lie in the file
+
     def identity(self, known: Iterable[FileIdentity] = (), others: Iterable[str] = ()) -> list[FileIdentity]:
-        """Each weight file, config.json and the `others` of the folder, by content.
+        """Each of its own files and the `others` of the folder, by content.
 
         A file whose size and time `known` has is not hashed again.
         """
@@ -130,9 +144,15 @@ class Checkpoint:
             cached = cache.get((name, stat.st_size, stat.st_mtime_ns))
             return cached or FileIdentity(name, stat.st_size, stat.st_mtime_ns, sha256_file(self.root / name))
 
-        names = [*self.files, *(["config.json"] if self.config else []), *others]
+        names = [*self.own_files, *others]
         with ThreadPoolExecutor(max_workers=2) as pool:
             return list(pool.map(identify, names))
+
+
+def check_name(name: str, path: Path) -> None:
+    """Raises QtoolError for the name of a tensor that could not be shown in a line."""
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise QtoolError(f"{path} has a tensor of the impossible name `{shown(name)}`")
 
 
 def sha256_file(path: Path) -> str:
@@ -148,12 +168,15 @@ def _weight_files(root: Path) -> tuple[list[str], dict[str, str]]:
             raise QtoolError(f"{root / INDEX} has no `weight_map` of tensor names to files")
         files = sorted(set(weight_map.values()))
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise QtoolError(f"{root / INDEX} names `{file}`, which is not a safetensors file of this folder")
+            if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
+                raise QtoolError(
+                    f"{root / INDEX} names `{shown(file)}`, which is not a safetensors file of this folder"
+                )
         missing = [file for file in files if not (root / file).is_file()]
         if missing:
+            some = shown(", ".join(missing[:3]))
             raise QtoolError(
-                f"{root / INDEX} names {len(missing)} of {len(files)} files that are missing: {', '.join(missing[:3])}",
+                f"{root / INDEX} names {len(missing)} of {len(files)} files that are missing: {some}",
                 "download the checkpoint again",
             )
         return files, weight_map
@@ -177,7 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QtoolError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise QtoolError(f"{path} is not a JSON object")
@@ -190,6 +213,7 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
     try:
         with safe_open(path, framework="np") as handle:
             for name in handle.offset_keys():
+                check_name(name, path)
                 tensor = handle.get_slice(name)
                 if tensor.get_dtype() not in DTYPE_BITS:
                     raise QtoolError(f"`{name}` in {path} has the unknown type {tensor.get_dtype()}")

@@ -1,8 +1,9 @@
 """Writing a checkpoint that is whole or absent, and resumable at the last finished unit.
 
-Everything is staged in `OUT.partial/` beside OUT. All tensors are known beforehand, so each shard gets its
+Everything is staged in `OUT.partial/` beside OUT. All tensors are known beforehand, so each file gets its
 header and its full size at once (a full disk is found here) and tensors go straight to their place. The
-journal advances only after a unit's bytes are on disk. At the end the folder is renamed.
+journal advances only after a unit's bytes are on disk. At the end the folder is renamed. What a file looks
+like is its container's business: safetensors here, GGUF in `qtool.gguf.container`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,89 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qtool.checkpoint.reader import INDEX
 from qtool.errors import QtoolError
-from qtool.headers import TensorInfo
+from qtool.headers import DTYPE_BITS, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.json"
+SHARD_BYTES = 5_000_000_000
+
+
+class FileLayout(NamedTuple):
+    """A file before its tensors: what stands before the first, where each begins, and its full size."""
+
+    header: bytes
+    offsets: dict[str, int]
+    size_bytes: int
+
+
+class Container(Protocol):
+    """How tensors lie in files."""
+
+    def stored(self, info: TensorInfo) -> TensorInfo | None:
+        """How a tensor of the source that stays unquantized stands there, or None where it is left out."""
+        ...
+
+    def files(self, tensors: list[TensorInfo]) -> dict[str, TensorInfo]:
+        """The tensors in the order in which they lie, by name, each with its file."""
+        ...
+
+    def encode(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor as it lies there."""
+        ...
+
+    def lay_out(self, tensors: list[TensorInfo]) -> FileLayout:
+        """One file with these tensors."""
+        ...
+
+
+class Safetensors:
+    """The container of most formats: shards of at most 5 GB."""
+
+    def stored(self, info: TensorInfo) -> TensorInfo | None:
+        return info
+
+    def files(self, tensors: list[TensorInfo]) -> dict[str, TensorInfo]:
+        shards: list[list[TensorInfo]] = [[]]
+        filled = 0
+        for info in tensors:
+            if filled and filled + info.size_bytes > SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(info)
+            filled += info.size_bytes
+        total = len(shards)
+        result = {}
+        for number, shard in enumerate(shards, 1):
+            file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+            # safetensors wants each tensor aligned to its own type: wide types first
+            for info in sorted(shard, key=lambda i: (-DTYPE_BITS[i.dtype], i.name)):
+                result[info.name] = replace(info, file=file)
+        return result
+
+    def encode(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def lay_out(self, tensors: list[TensorInfo]) -> FileLayout:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for info in tensors:
+            end = position + info.size_bytes
+            entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        offsets = {info.name: len(header) + entries[info.name]["data_offsets"][0] for info in tensors}
+        return FileLayout(header, offsets, len(header) + position)
 
 
 def partial_path(out: Path) -> Path:
@@ -39,12 +111,21 @@ def replaced_path(out: Path) -> Path:
 class StagedOutput:
     """The folder under construction. `done` maps each finished unit to the record it left."""
 
-    def __init__(self, out: Path, tensors: Mapping[str, TensorInfo], identity: Mapping[str, Any], force: bool) -> None:
-        self.out, self.tensors = out, tensors
+    def __init__(
+        self,
+        out: Path,
+        tensors: Mapping[str, TensorInfo],
+        identity: Mapping[str, Any],
+        force: bool,
+        container: Container | None = None,
+    ) -> None:
+        self.out, self.tensors, self.container = out, tensors, container or Safetensors()
         self.folder = partial_path(out)
         self.done: dict[str, dict[str, Any]] = {}
-        self._offsets: dict[str, tuple[Path, int]] = {}
-        self._headers = dict(self._lay_out())
+        members: dict[str, list[TensorInfo]] = {}
+        for info in tensors.values():
+            members.setdefault(info.file, []).append(info)
+        self._layouts = {self.folder / file: self.container.lay_out(infos) for file, infos in members.items()}
         journal = self.folder / JOURNAL
         if self.folder.exists():
             lines = _journal_lines(journal)
@@ -67,19 +148,20 @@ class StagedOutput:
         self._create(identity)
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Put a tensor in its place; its sha256."""
-        path, offset = self._offsets[name]
+        """Put a tensor in its place; the sha256 of its bytes there."""
         info = self.tensors[name]
+        path = self.folder / info.file
+        tensor = self.container.encode(name, tensor)
         data = raw_bytes(tensor)
         assert (tuple(tensor.shape), data.nbytes) == (info.shape, info.size_bytes), (name, tensor.shape, info)
         with path.open("r+b") as file:
-            file.seek(offset)
+            file.seek(self._layouts[path].offsets[name])
             file.write(data)
         return hashlib.sha256(data).hexdigest()
 
     def finish_unit(self, unit: str, record: dict[str, Any]) -> None:
         """Everything written so far is safe on disk, and so is the fact that this unit is done."""
-        for path in self._headers:
+        for path in self._layouts:
             _fsync(path)
         with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"unit": unit, "record": record}) + "\n")
@@ -89,7 +171,7 @@ class StagedOutput:
 
     def write_index(self) -> None:
         """The index that says which shard holds what; none for a single file."""
-        if len(self._headers) > 1:
+        if len(self._layouts) > 1:
             size = sum(info.size_bytes for info in self.tensors.values())
             weight_map = {name: info.file for name, info in sorted(self.tensors.items())}
             write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
@@ -125,31 +207,11 @@ class StagedOutput:
 
     def _whole(self) -> bool:
         """Whether every shard is there in its full size."""
-        return all(path.is_file() and path.stat().st_size == size for path, (_, size) in self._headers.items())
-
-    def _lay_out(self) -> Iterable[tuple[Path, tuple[bytes, int]]]:
-        """Header and full size of each shard; notes where each tensor goes."""
-        shards: dict[str, list[TensorInfo]] = {}
-        for info in self.tensors.values():
-            shards.setdefault(info.file, []).append(info)
-        for file, members in shards.items():
-            entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            position = 0
-            for info in members:
-                end = position + info.size_bytes
-                entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
-                position = end
-            text = json.dumps(entries, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            header = len(text).to_bytes(8, "little") + text
-            path = self.folder / file
-            for info in members:
-                self._offsets[info.name] = (path, len(header) + entries[info.name]["data_offsets"][0])
-            yield path, (header, len(header) + position)
+        return all(path.is_file() and path.stat().st_size == x.size_bytes for path, x in self._layouts.items())
 
     def _create(self, identity: Mapping[str, Any]) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        needed = sum(size for _, size in self._headers.values())
+        needed = sum(layout.size_bytes for layout in self._layouts.values())
         free = shutil.disk_usage(self.folder.parent).free
         try:
             if free < needed:
@@ -157,13 +219,13 @@ class StagedOutput:
             self.folder.mkdir()
             with (self.folder / JOURNAL).open("w", encoding="utf-8") as file:
                 file.write(json.dumps({"identity": identity}) + "\n")
-            for path, (header, size) in self._headers.items():
+            for path, layout in self._layouts.items():
                 with path.open("wb") as file:
                     if hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(file.fileno(), 0, size)
+                        os.posix_fallocate(file.fileno(), 0, layout.size_bytes)
                     else:
-                        file.truncate(size)
-                    file.write(header)
+                        file.truncate(layout.size_bytes)
+                    file.write(layout.header)
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             if error.errno != errno.ENOSPC:

@@ -69,18 +69,18 @@ def command(
         console.result(description, fields_view(listed))
         return 0
     from qtool.checkpoint.hub import locate, open_headers
-    from qtool.checkpoint.reader import Checkpoint
+    from qtool.gguf.checkpoint import open_checkpoint
     from qtool.inspection import views as pages
 
     if against:
         from qtool.inspection.compare import compare
 
-        difference = compare(Checkpoint(locate(model)), Checkpoint(locate(against)), console.progress)
+        difference = compare(open_checkpoint(locate(model)), open_checkpoint(locate(against)), console.progress)
         console.result(difference.to_tree(), pages.comparison_view(difference, top or TOP))
     elif tensor:
         from qtool.inspection.tensor import tensor_stats
 
-        stats = tensor_stats(Checkpoint(locate(model)), tensor)
+        stats = tensor_stats(open_checkpoint(locate(model)), tensor)
         console.result(stats.to_tree(), pages.tensor_view(stats))
     elif memory:
         from qtool.inspection.memory import memory as estimate
@@ -98,7 +98,7 @@ def command(
 def _describe(model: str, against: str | None, tensor: str | None) -> dict[str, Any]:
     """What would be read, without reading more than the headers of what is local."""
     from qtool.checkpoint.hub import local_path
-    from qtool.checkpoint.reader import Checkpoint
+    from qtool.gguf.checkpoint import open_checkpoint
     from qtool.inspection.logical import open_weights
     from qtool.inspection.tensor import check_name
 
@@ -110,11 +110,10 @@ def _describe(model: str, against: str | None, tensor: str | None) -> dict[str, 
         path = local_path(name)
         described[role] = name
         if path:
-            checkpoint = Checkpoint(path)
+            checkpoint = open_checkpoint(path)
             if tensor:
                 check_name(tensor, list(open_weights(checkpoint).shapes))
-            extra = ["config.json"] if checkpoint.config else []
-            described[f"{role}_files"] = [str(checkpoint.root / file) for file in [*checkpoint.files, *extra]]
+            described[f"{role}_files"] = [str(checkpoint.root / file) for file in checkpoint.own_files]
         else:
             wanted = "all files, downloaded" if against or tensor else "headers and config.json, fetched"
             described[f"{role}_files"] = f"{wanted} from the hub"

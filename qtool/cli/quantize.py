@@ -11,7 +11,7 @@ from qtool.cli import options, state
 from qtool.errors import UsageError
 from qtool.formats import FORMATS
 from qtool.methods import METHODS, get_method
-from qtool.recipe import DEFAULT_IGNORE, build, load_tree, section, set_key, to_tree, to_yaml
+from qtool.recipe import AUTO, DEFAULT_IGNORE, build, load_tree, section, set_key, to_tree, to_yaml
 from qtool.transforms import TRANSFORMS, get_transform
 
 GATE_MISSED = 3
@@ -63,7 +63,11 @@ def command(
         ),
     ] = None,
     stats: Annotated[
-        str | None, typer.Option("--stats", help="Saved statistics instead of data, as `qtool calibrate` writes them.")
+        str | None,
+        typer.Option(
+            "--stats",
+            help="Saved statistics instead of data: a folder of `qtool calibrate`, or an imatrix of llama.cpp.",
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows (128).")] = None,
     seqlen: Annotated[
@@ -111,6 +115,10 @@ def command(
     ] = None,
     model_context: Annotated[
         int | None, typer.Option("--context", min=1, help="With --recommend --memory: tokens per sequence (4096).")
+    ] = None,
+    requantize: Annotated[
+        bool | None,
+        typer.Option("--requantize", help="MODEL is quantized already: round it again, from what it is worth now."),
     ] = None,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="A tensor left alone unasked is an error (no).")
@@ -166,7 +174,8 @@ def command(
     tree: dict[str, Any] = load_tree(recipe) if recipe else {}
     for assignment in assignments or []:
         set_key(tree, assignment)
-    _put(tree, scheme=scheme, transforms=transform, method=method, format=format, kv=kv, stats=stats, strict=strict)
+    _put(tree, scheme=scheme, transforms=transform, method=method, format=format, kv=kv, stats=stats, strict=strict,
+         requantize=requantize)  # fmt: skip
     _put_into(tree, "data", source=data, rows=rows, seqlen=seqlen, pack=pack, seed=seed)
     gates = {"protocol": protocol, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl}
     if evaluate:
@@ -184,7 +193,8 @@ def command(
     resolved = build(tree, [*METHODS, *TRANSFORMS])
     from qtool.evaluation.gates import check_spec
 
-    for name in [resolved.method, *sorted(set(METHODS) & resolved.options.keys())]:
+    named = [] if resolved.method == AUTO else [resolved.method]
+    for name in [*named, *sorted(set(METHODS) & resolved.options.keys())]:
         get_method(name, resolved.options.get(name, {}))
     for name in [*resolved.transforms, *sorted(set(TRANSFORMS) & resolved.options.keys())]:
         get_transform(name, resolved.options.get(name, {}))
@@ -207,6 +217,10 @@ def command(
         console.result(description, plan_view(description))
         return 0
     assert output is not None
+    if output.suffix in (".gguf", ".safetensors"):
+        raise UsageError(
+            f"{output} is the name of a file, but the output is a folder", f"`-o {output.with_suffix('')}`"
+        )
     report, up_to_date = run(job, output, RunOptions(device, force, batch_tokens), console.progress)
     for note in report.notes:
         console.log(note, "warning")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.reader import Checkpoint
 from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.models.architectures import architecture_of
 from qtool.recipe import EvalSpec
 
@@ -16,7 +16,7 @@ def describe(path: Path, base_path: Path | None, spec: EvalSpec) -> dict[str, An
     models = {"model": path, **({"baseline": base_path} if base_path else {})}
     description: dict[str, Any] = {}
     for name, root in models.items():
-        checkpoint = Checkpoint(root)
+        checkpoint = open_checkpoint(root)
         architecture_of(checkpoint.config, root)
         schemes = sorted({str(scheme) for scheme in Weights(checkpoint).schemes.values()})
         description[name] = f"{root} ({checkpoint.config['model_type']}, {', '.join(schemes) or 'dense'})"

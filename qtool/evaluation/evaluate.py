@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qtool.calibration.tokens import Tokenizer
-from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import UsageError
 from qtool.evaluation import statistics
 from qtool.evaluation.losses import Progress, TokenLosses, token_losses
 from qtool.evaluation.protocols import EvalRows, eval_rows, scored_bytes
 from qtool.evaluation.statistics import Estimate
 from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.memory import return_freed_memory
 from qtool.models.blockwise import BlockModel, pick_device
 from qtool.recipe import EvalSpec
@@ -85,18 +85,22 @@ def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, pr
     return_freed_memory()
     target = pick_device(device)
     model = _open(path, target)
-    tokenizer = Tokenizer(model_root(path), model.config.vocab_size)
+    tokenizer = Tokenizer(model.home, model.config.vocab_size)
     context = model.context
     base = None
     if base_path:
         base = _open(base_path, target)
-        base_tokenizer = Tokenizer(model_root(base_path), base.config.vocab_size)
+        base_tokenizer = Tokenizer(base.home, base.config.vocab_size)
         if base_tokenizer.sha256 != tokenizer.sha256:
             raise UsageError(f"{path} and {base_path} have different tokenizers: their tokens cannot be compared")
         if base.config.vocab_size != model.config.vocab_size:
             raise UsageError(f"{path} predicts {model.config.vocab_size} tokens, {base_path} {base.config.vocab_size}")
         context = min(context, base.context)
     rows = eval_rows(spec, tokenizer, context)
+    if base and base.home.suffix != model.home.suffix:  # one of them was put together from the keys of a GGUF file
+        base_rows = eval_rows(spec, Tokenizer(base.home, base.config.vocab_size), context)
+        if base_rows.sha256 != rows.sha256:
+            raise UsageError(f"the tokenizers of {path} and {base_path} make different tokens of {spec.data.source}")
     losses = token_losses(model, base, rows, progress)
     size = sum(scored_bytes(row, first, tokenizer) for row, first in zip(rows.rows, rows.first_scored, strict=True))
     return Evaluation(
@@ -118,12 +122,9 @@ def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, pr
     )
 
 
-def model_root(path: Path) -> Path:
-    return path.parent if path.is_file() else path
-
-
 def _open(path: Path, device: Any) -> BlockModel:
-    return BlockModel(model_root(path), Weights(Checkpoint(path)), device)
+    checkpoint = open_checkpoint(path)
+    return BlockModel(checkpoint.home, Weights(checkpoint), device)
 
 
 def _compare(baseline: str, losses: TokenLosses, rows: EvalRows, tokenizer: Tokenizer) -> Comparison:

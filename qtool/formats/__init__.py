@@ -2,7 +2,7 @@
 
 A format is a class with `problem` (why it cannot store a scheme), `layout` (the tensors of a linear, from its
 shape alone), `pack` and its exact inverse `unpack`, `config` (the entry in config.json) and its inverses `modules`
-and `kv_of`, and `readers` (who loads it). Never imports torch.
+and `kv_of`, and `readers` (who loads it). Some are only read. Never imports torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qtool.errors import unknown
-from qtool.headers import TensorInfo
+from qtool.errors import UsageError, unknown
+from qtool.headers import TensorInfo, scale_dtype
 from qtool.scheme import ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
@@ -20,28 +20,41 @@ if TYPE_CHECKING:
 
     from qtool.checkpoint.reader import Checkpoint
     from qtool.numerics.grid import QTensor
+    from qtool.plan import Linear
 
 FORMATS = {
     "compressed-tensors": "qtool.formats.compressed_tensors:CompressedTensors",
     "bitsandbytes": "qtool.formats.bitsandbytes:BitsAndBytes",
     "qtool": "qtool.formats.own:Own",
+    "gptq": "qtool.formats.gptq:GPTQ",
+    "gptq-v2": "qtool.formats.gptq:GPTQv2",
+    "awq": "qtool.formats.awq:AWQ",
+    "gguf": "qtool.formats.gguf:GGUF",
+    "dense": "qtool.formats.dense:Dense",
+}
+
+
+READ_ONLY = {  # by the `quant_method` of config.json
+    "fp8": "qtool.formats.fp8:FP8",
+    "mxfp4": "qtool.formats.mxfp4:MXFP4",
 }
 
 
 class Format(Protocol):
-    """What the pipeline and the readers ask of a format.
+    """What the pipeline and the readers ask of a format; what is given here holds for most.
 
-    `name` is its key in the table and the `quant_method` of its checkpoints; `parts` are the endings that the
-    tensors of a quantized module may have. `takes_transposed`: its readers know linears that store their weight
-    [in, out], such as GPT-2's. `container` is what the tensors lie in: "safetensors" or "gguf". `serves_fused`: its
-    readers join q, k and v, and gate and up, which then need one scheme.
+    `name` is its key in the table, `quant_method` that of config.json where it is another; `parts` are the endings
+    that the tensors of a quantized module may have.
     """
 
     name: str
     parts: tuple[str, ...]
-    takes_transposed: bool
-    container: str
-    serves_fused: bool
+    quant_method: str = ""
+    container: str = "safetensors"  # what the tensors lie in, or "gguf"
+    takes_transposed: bool = False  # its readers know linears that store their weight [in, out], such as GPT-2's
+    takes_embeddings: bool = False  # its readers know embeddings that are quantized
+    by_rows: bool = False  # a row of a weight is a row of its one tensor
+    serves_fused: bool = True  # its readers join q, k and v, and gate and up, which then need one scheme
 
     def problem(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str | None:
         """Why this format cannot store the scheme, or a weight of this shape [out, in] in it, or None."""
@@ -49,11 +62,19 @@ class Format(Protocol):
 
     def scale_dtype(self, weight_dtype: str) -> str:
         """How the scales of a weight of this type are stored, where the scheme leaves it open."""
+        return scale_dtype(weight_dtype)
+
+    def layout(self, module: str, scheme: QuantScheme, shape: tuple[int, ...], dtype: str) -> list[TensorInfo]:
+        """The tensors that stand for the weight of `module`, [out, in]; `dtype` is that of `scale_dtype`."""
         ...
 
-    def layout(self, module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:
-        """The tensors that stand for the weight of `module`, [out, in]."""
-        ...
+    def tensors(self, linear: Linear) -> list[TensorInfo]:
+        """The layout of a linear of a plan."""
+        return self.layout(linear.module, linear.scheme, linear.shape, self.scale_dtype(linear.source.dtype))
+
+    def held(self, weight: QTensor, dtype: str) -> QTensor:
+        """What is left of a weight, of type `dtype` before, in this format: all of it, but for dense ones."""
+        return weight
 
     def pack(self, module: str, weight: QTensor, dtype: str = "BF16") -> dict[str, Tensor]:
         """Those tensors. `dtype` is the type of the weight before, for formats that note it."""
@@ -69,11 +90,15 @@ class Format(Protocol):
         left_alone: list[str],
         kv: ActivationScheme | None = None,
         dtype: str = "BF16",
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
         """config.json's `quantization_config` for modules and their schemes; `left_alone` are unquantized modules,
-        `kv` says how keys and values are stored, `dtype` is the type of the weights before. Raises UsageError for
-        what one checkpoint cannot hold together."""
+        `kv` says how keys and values are stored, `dtype` is the type of the weights before. None: it has none.
+        Raises UsageError for what one checkpoint cannot hold together."""
         ...
+
+    def files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """JSON files beside config.json that repeat its entry, by name."""
+        return {}
 
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         """Scheme and shape [out, in] of each quantized module of a checkpoint in this format."""
@@ -81,7 +106,7 @@ class Format(Protocol):
 
     def kv_of(self, config: dict[str, Any]) -> ActivationScheme | None:
         """How keys and values are stored, by config.json; None for as they are."""
-        ...
+        return None
 
     def readers(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str:
         """Which programs load a linear of this scheme and shape [out, in]."""
@@ -90,9 +115,21 @@ class Format(Protocol):
 
 def get_format(name: str) -> Format:
     """The format of that name. Raises UsageError for one that is in no table."""
+    if name in READ_ONLY:
+        raise UsageError(f"checkpoints of format `{name}` are only read", f"write one of {', '.join(FORMATS)}")
     if name not in FORMATS:
         raise unknown("format", name, ("auto", *FORMATS))
-    module, _, cls = FORMATS[name].partition(":")
+    return _imported(FORMATS[name])
+
+
+def reader_of(quant_method: str) -> Format | None:
+    """The format that reads checkpoints whose config.json says so, or None."""
+    entry = {**FORMATS, **READ_ONLY}.get(quant_method)
+    return _imported(entry) if entry and quant_method != "dense" else None
+
+
+def _imported(entry: str) -> Format:
+    module, _, cls = entry.partition(":")
     return getattr(import_module(module), cls)()
 
 

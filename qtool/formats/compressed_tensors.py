@@ -6,7 +6,9 @@ A linear [out, in] becomes one of
 - plain bytes, of integers under integer inputs and of fp8: `weight` [out, in] I8 or F8_E4M3, `weight_zero_point` I8;
 - fp4: `weight_packed` U8 [out, in/2], the first of two codes in the low bits; nvfp4 adds `weight_global_scale` F32 [1];
 each with `weight_scale` [out, groups]; [1] per tensor; [ceil(out/128), in/128] for blocks; and, where the inputs have a
-fixed scale, `input_scale` [1], or `input_global_scale` F32 [1] for nvfp4. The library counts integers and zero points
+fixed scale, `input_scale` [1], or `input_global_scale` F32 [1] for nvfp4. Only read: `weight_g_idx` I32 [in], which
+says to which group each input belongs (actorder "group" of versions up to 0.18); without it, or where one is -1,
+groups are inputs side by side. The library counts integers and zero points
 from -2^(b-1); packed ones have 2^(b-1) added, and so are the unsigned codes of our grid.
 """
 
@@ -16,19 +18,21 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError
-from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header
+from qtool.formats import Format
+from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, field, header
 from qtool.formats.compressed_tensors_config import (
     PACKED_FORMAT,
     VERSION,
     activations_of,
     by_scheme,
+    check_config,
     format_name,
     group_of,
+    groups_in,
     inputs_entry,
     match,
-    scheme_of,
 )
-from qtool.headers import TensorInfo, scale_dtype
+from qtool.headers import TensorInfo
 from qtool.scheme import BLOCK, ActivationScheme, QuantScheme, packed_words
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from qtool.numerics.grid import GridParams, QTensor
 
 WEIGHT, PACKED, SCALE, ZERO = ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point"
-SHAPE, GLOBAL_SCALE = ".weight_shape", ".weight_global_scale"
+SHAPE, GLOBAL_SCALE, GROUP_OF = ".weight_shape", ".weight_global_scale", ".weight_g_idx"
 INPUT_SCALE, INPUT_GLOBAL_SCALE = ".input_scale", ".input_global_scale"
 FP4 = ("nvfp4", "mxfp4")
 BYTES = {"int": "I8", "fp8-e4m3": "F8_E4M3", "mxfp8": "F8_E4M3", "fp8-e5m2": "F8_E5M2"}
@@ -46,14 +50,13 @@ SCALES = {"nvfp4": "F8_E4M3", "mxfp4": "U8", "mxfp8": "U8"}
 FP8_DTYPES = {"fp8-e4m3": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "fp8-e5m2": "float8_e5m2"}
 
 
-class CompressedTensors:
+class CompressedTensors(Format):
     """The format's entry in the table; see `qtool.formats.Format`."""
 
     name = "compressed-tensors"
-    takes_transposed = False
-    container = "safetensors"
-    serves_fused = True
-    parts: tuple[str, ...] = (WEIGHT, PACKED, SCALE, ZERO, SHAPE, GLOBAL_SCALE, INPUT_SCALE, INPUT_GLOBAL_SCALE)
+    parts: tuple[str, ...] = (
+        WEIGHT, PACKED, SCALE, ZERO, SHAPE, GROUP_OF, GLOBAL_SCALE, INPUT_SCALE, INPUT_GLOBAL_SCALE,
+    )  # fmt: skip
 
     def problem(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str | None:
         if scheme.outliers:
@@ -83,7 +86,8 @@ class CompressedTensors:
         check_shapes(tensors, shape, tensors_of(module, scheme, shape, ANY_FLOAT, packed))
         codes = _unpack_words(module, tensors, scheme, shape[1]) if packed else _unpack_bytes(module, tensors, scheme)
         params = _params(module, tensors, scheme, packed, shape[0])
-        return QTensor(codes, params, scheme, input_scale=unpack_input(module, tensors, scheme))
+        input_scale, group_of = unpack_input(module, tensors, scheme), _unpack_order(module, tensors, scheme)
+        return QTensor(codes, params, scheme, input_scale=input_scale, group_of=group_of)
 
     def config(
         self,
@@ -110,7 +114,8 @@ class CompressedTensors:
 
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         config = checkpoint.config["quantization_config"]
-        groups = [(g.get("targets", []), scheme_of(g)) for g in (config.get("config_groups") or {}).values()]
+        check_config(config)
+        groups = groups_in(config)
         found: dict[str, tuple[QuantScheme, tuple[int, ...]]] = {}
         for module in quantized_modules(checkpoint):
             scheme = match(module, groups)
@@ -120,16 +125,13 @@ class CompressedTensors:
         return found
 
     def kv_of(self, config: dict[str, Any]) -> ActivationScheme | None:
-        entry = config["quantization_config"].get("kv_cache_scheme")
+        entry = field(config["quantization_config"], "kv_cache_scheme", dict, {})
         if not entry:
             return None
         scheme = activations_of(entry, "keys and values")
         if scheme.granularity != "tensor" or scheme.bits != 8:
             raise QtoolError(f"keys and values of {scheme} are not read: only those of 8 bits with a scale per tensor")
         return scheme
-
-    def scale_dtype(self, weight_dtype: str) -> str:
-        return scale_dtype(weight_dtype)
 
     def readers(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str:
         inputs = scheme.activations
@@ -224,6 +226,8 @@ def stored_shape(checkpoint: Checkpoint, module: str, scheme: QuantScheme) -> tu
     elif scheme.kind in FP4:
         inputs *= 2
     wanted = tensors_of(module, scheme, (out, inputs), ANY_FLOAT, packed)
+    if module + GROUP_OF in checkpoint.tensors:
+        wanted.append(TensorInfo(module + GROUP_OF, "I32", (inputs,)))
     check_headers(checkpoint, scheme, (out, inputs), wanted)
     return out, inputs
 
@@ -308,6 +312,17 @@ def _unpack_bytes(module: str, tensors: dict[str, Tensor], scheme: QuantScheme) 
     if scheme.kind != "int":
         return weight.contiguous().view(torch.uint8)
     return (weight.short() + 2 ** (scheme.bits - 1)).to(torch.uint8)
+
+
+def _unpack_order(module: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> Tensor | None:
+    """To which group each input belongs, or None for side by side."""
+    group_of = tensors.get(module + GROUP_OF)
+    if group_of is None or bool((group_of < 0).any()):
+        return None
+    groups = scheme.groups(len(group_of))
+    if int(group_of.max()) >= groups or bool((group_of.bincount(minlength=groups) != len(group_of) // groups).any()):
+        raise QtoolError(f"`{module}{GROUP_OF}` does not spread {len(group_of)} inputs evenly over {groups} groups")
+    return group_of
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, shown
+from qtool.formats.checks import field, names_in
 from qtool.scheme import BLOCK, KINDS, WITH_OWN_ACTIVATIONS, ActivationScheme, QuantScheme
 
 VERSION = "0.19.0"
@@ -71,16 +72,34 @@ def _arguments(kind: str, bits: int, granularity: str, group_size: int | None, s
     return entry
 
 
+def check_config(config: dict[str, Any]) -> None:
+    """Raises QtoolError for what changes the meaning of all tensors: sparse ones, and rotations at run time."""
+    sparse = field(config, "sparsity_config", dict, {}).get("format") or "dense"
+    if sparse != "dense":
+        raise QtoolError(f"compressed-tensors of the sparse format {shown(sparse)} are not read")
+    if field(config, "transform_config", dict, {}).get("config_groups"):
+        raise QtoolError("compressed-tensors with transforms of the inputs (transform_config) are not read")
+
+
+def groups_in(config: dict[str, Any]) -> list[tuple[list[str], QuantScheme]]:
+    """Targets and scheme of each of the `config_groups`, in their order."""
+    groups = field(config, "config_groups", dict, {})
+    return [
+        (names_in(group, "targets"), scheme_of(group)) for group in (field(groups, key, dict, {}) for key in groups)
+    ]
+
+
 def scheme_of(group: dict[str, Any]) -> QuantScheme:
     """The scheme of an entry of `config_groups`. Raises QtoolError for one that has no scheme here."""
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = field(group, "weights", dict, {}), field(group, "input_activations", dict, {})
     kind, granularity, group_size = _read_arguments(weights, ("tensor", "channel", "group", "block"), "weights")
     symmetric = bool(weights.get("symmetric", True))
-    reordered = weights.get("actorder") in ("group", "dynamic")
     impossible = granularity == "block" if kind == "int" else not symmetric
-    if reordered or impossible or weights.get("dynamic") or group.get("output_activations"):
+    if impossible or weights.get("dynamic") or group.get("output_activations"):
         raise QtoolError(f"compressed-tensors weights of this kind are not read: {_described(weights)}")
     activations = activations_of(inputs, "inputs") if inputs else None
+    if activations and activations.kind != kind and {activations.kind, kind} & set(WITH_OWN_ACTIVATIONS):
+        raise QtoolError(f"compressed-tensors weights of {kind} with inputs of {activations.kind} are not read")
     return QuantScheme(weights["num_bits"], granularity, group_size, symmetric, kind, activations)
 
 
@@ -92,7 +111,8 @@ def activations_of(entry: dict[str, Any], what: str) -> ActivationScheme:
         raise QtoolError(f"compressed-tensors {what} of this kind are not read: {_described(entry)}, asymmetric")
     if entry.get("dynamic", False) != inputs_entry(scheme)["dynamic"]:
         raise QtoolError(
-            f"compressed-tensors {what} of this kind are not read: {_described(entry)}, dynamic {entry.get('dynamic')}"
+            f"compressed-tensors {what} of this kind are not read: {_described(entry)}, "
+            f"dynamic {shown(entry.get('dynamic'))}"
         )
     return scheme
 
@@ -104,7 +124,7 @@ def _read_arguments(entry: dict[str, Any], strategies: tuple[str, ...], what: st
     kind = None
     if number == "int" and isinstance(bits, int) and 2 <= bits <= 8 and strategy in strategies:
         kind = "int" if strategy != "group" or grouped else None
-    elif number == "float":
+    elif number == "float" and isinstance(bits, int):
         for name in WITH_OWN_ACTIVATIONS:
             own = strategy == ("tensor_group" if name == "nvfp4" else "group") and size == KINDS[name].group_size
             bytewise = name != "mxfp8" or entry.get("scale_dtype") == SCALE_DTYPES[name]
@@ -119,9 +139,9 @@ def _read_arguments(entry: dict[str, Any], strategies: tuple[str, ...], what: st
     return kind, str(strategy), size if strategy == "group" else None
 
 
-def _described(entry: dict[str, Any]) -> str:
-    extent = entry.get("block_structure") or entry.get("group_size")
-    return f"{entry.get('num_bits')}-bit {entry.get('type')} per {entry.get('strategy')} of {extent}"
+def _described(arguments: dict[str, Any]) -> str:
+    extent = arguments.get("block_structure") or arguments.get("group_size")
+    return shown(f"{arguments.get('num_bits')}-bit {arguments.get('type')} per {arguments.get('strategy')} of {extent}")
 
 
 def match(module: str, groups: list[tuple[list[str], QuantScheme]]) -> QuantScheme | None:
@@ -131,18 +151,21 @@ def match(module: str, groups: list[tuple[list[str], QuantScheme]]) -> QuantSche
             for target in targets:
                 if by_class and target == "Linear":
                     return scheme
-                if not by_class and _names(target, module):
+                if not by_class and matches_target(target, module):
                     return scheme
     return None
 
 
-def _names(target: str, module: str) -> bool:
+def matches_target(target: str, module: str) -> bool:
+    """Whether a target, or an entry of `ignore`, names a module. Raises QtoolError for one that is no pattern."""
     if not target.startswith("re:"):
         return target == module
     try:
         return re.match(target[3:], module) is not None
-    except re.error as error:
-        raise QtoolError(f"the quantization_config has the target `{target}`, which is no pattern: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise QtoolError(
+            f"the quantization_config has the target `{shown(target)}`, which is no pattern: {error}"
+        ) from None
 
 
 def by_scheme(schemes: dict[str, QuantScheme]) -> dict[QuantScheme, list[str]]:

@@ -14,9 +14,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError
-from qtool.formats.bitsandbytes import SCB, STATE, BitsAndBytes
-from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes
+from qtool.errors import QtoolError, shown
+from qtool.formats import Format
+from qtool.formats.bitsandbytes import MARKS, BitsAndBytes
+from qtool.formats.bitsandbytes import STORED as OF_BITSANDBYTES
+from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, field, names_in
 from qtool.formats.compressed_tensors import (
     CompressedTensors,
     inputs_of,
@@ -26,7 +28,7 @@ from qtool.formats.compressed_tensors import (
     unpack_input,
 )
 from qtool.formats.compressed_tensors_config import by_scheme, match
-from qtool.headers import TensorInfo, scale_dtype
+from qtool.headers import TensorInfo
 from qtool.scheme import BLOCK_TYPES, FLOATS, ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
@@ -39,16 +41,14 @@ VERSION = 1
 OURS = ".qtool"
 ROW_ENDS, COLUMNS, VALUES = ".outlier_row_ends", ".outlier_columns", ".outlier_values"
 INTEGERS, BLOCKWISE = CompressedTensors(), BitsAndBytes()
-OF_BITSANDBYTES = ("nf4", "nf4-dq", "llm-int8")
 
 
-class Own:
+class Own(Format):
     """The format's entry in the table; see `qtool.formats.Format`."""
 
     name = "qtool"
     takes_transposed = True
-    container = "safetensors"
-    serves_fused = True
+    takes_embeddings = True
     parts: tuple[str, ...] = tuple(
         OURS + part
         for part in dict.fromkeys((*CompressedTensors.parts, *BitsAndBytes.parts, ROW_ENDS, COLUMNS, VALUES))
@@ -124,12 +124,14 @@ class Own:
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         config = checkpoint.config["quantization_config"]
         if config.get("version") != VERSION:
+            said = shown(config.get("version"))
             raise QtoolError(
-                f"{checkpoint.path} is version {config.get('version')} of this format; version {VERSION} is read",
+                f"{checkpoint.path} is version {said} of this format; version {VERSION} is read",
                 "use a newer qtool",
             )
-        groups = [(targets, QuantScheme.parse(text)) for text, targets in config.get("schemes", {}).items()]
-        ours = [n.removesuffix(part) for n in checkpoint.tensors for part in (SCB, STATE) if n.endswith(part)]
+        schemes = field(config, "schemes", dict, {})
+        groups = [(names_in(schemes, text), QuantScheme.parse(text)) for text in schemes]
+        ours = [n.removesuffix(part) for n in checkpoint.tensors for part in MARKS if n.endswith(part)]
         found: dict[str, tuple[QuantScheme, tuple[int, ...]]] = {}
         for inner in dict.fromkeys([*quantized_modules(checkpoint), *ours]):
             module = inner.removesuffix(OURS)
@@ -147,11 +149,8 @@ class Own:
         return found
 
     def kv_of(self, config: dict[str, Any]) -> ActivationScheme | None:
-        text = config["quantization_config"].get("kv")
+        text = field(config["quantization_config"], "kv", str, "")
         return ActivationScheme.parse(text, "of keys and values") if text else None
-
-    def scale_dtype(self, weight_dtype: str) -> str:
-        return scale_dtype(weight_dtype)
 
     def readers(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str:
         return "qtool alone"

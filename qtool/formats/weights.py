@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
-from qtool.formats import FORMATS, Format, get_format
-from qtool.headers import TensorInfo
+from qtool.formats import FORMATS, READ_ONLY, Format, reader_of
+from qtool.headers import TORCH_NAMES, TensorInfo
 from qtool.models.architectures import ARCHITECTURES
 from qtool.scheme import ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qtool.numerics.grid import QTensor
 
 INPUT_SCALES = (".input_scale", ".input_global_scale")
 
@@ -70,8 +72,13 @@ class Weights:
         if self.kv:
             hidden |= {name for name in checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))}
         self.shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name not in hidden}
+        self.kv_tensors = {name: checkpoint.tensors[name] for name in hidden if name.endswith((".k_scale", ".v_scale"))}
+        self.dense = {name: checkpoint.tensors[name] for name in self.shapes}
+        dtype = _dense_dtype(checkpoint.config)
         for module, (_, shape) in packed.items():
-            self.shapes[f"{module}.weight"] = shape[::-1] if self.is_transposed(module) else shape
+            name = f"{module}.weight"
+            self.shapes[name] = shape[::-1] if self.is_transposed(module) else shape
+            self.dense[name] = TensorInfo(name, dtype, self.shapes[name])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """float32 tensors by dense name. Raises QtoolError naming a tensor with NaN or infinity."""
@@ -79,18 +86,34 @@ class Weights:
         packed = {name: module for name in names if (module := name.removesuffix(".weight")) in self.schemes}
         result = dict(self.checkpoint.read_many((n for n in names if n not in packed), as_float32=True))
         for name, module in packed.items():
-            assert self.format
-            parts = dict(self.checkpoint.read_many(self.packed_names[module]))
-            weight_OI = self.format.unpack(module, parts, self.schemes[module]).dequantize()
+            weight_OI = self.read_packed(module).dequantize()
             result[name] = weight_OI.T.contiguous() if self.is_transposed(module) else weight_OI
         for name in names:
             check_finite(name, result[name])
         return result
 
+    def read_packed(self, module: str) -> QTensor:
+        """A quantized weight as it is."""
+        assert self.format
+        parts = dict(self.checkpoint.read_many(self.packed_names[module]))
+        return self.format.unpack(module, parts, self.schemes[module])
+
+    def matrix_shape(self, module: str) -> tuple[int, ...]:
+        """The shape [out, in] of a quantized weight."""
+        shape = self.shapes[f"{module}.weight"]
+        return shape[::-1] if self.is_transposed(module) else shape
+
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a matrix in float32; of a dense one no more than these is read."""
-        if name.removesuffix(".weight") in self.schemes:
-            return self.read([name])[name][rows]
+        module = name.removesuffix(".weight")
+        if module in self.schemes:
+            assert self.format
+            if not self.format.by_rows:
+                return self.read([name])[name][rows]
+            parts = {name: tensor[rows] for name, tensor in self.checkpoint.borrow([name])}
+            chosen = self.format.unpack(module, parts, self.schemes[module]).dequantize()
+            check_finite(name, chosen)
+            return chosen
         for _, tensor in self.checkpoint.borrow([name]):
             chosen = tensor[rows].float()
             check_finite(name, chosen)
@@ -124,6 +147,12 @@ class Weights:
         return self.kv, scales[0], scales[1]
 
 
+def _dense_dtype(config: Mapping[str, Any]) -> str:
+    """The type of a model's weights before they were quantized, by its config.json."""
+    said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return next((name for name, torch_name in TORCH_NAMES.items() if torch_name == said), "BF16")
+
+
 def _never(module: str) -> bool:
     return False
 
@@ -134,9 +163,11 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
     if not config:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else config
-    if method not in FORMATS:
-        raise QtoolError(f"{checkpoint.path} is quantized as `{method}`; qtool reads: {', '.join(FORMATS)}")
-    return get_format(method)
+    found = reader_of(str(method))
+    if found is None:
+        known = ", ".join(name for name in [*FORMATS, *READ_ONLY] if reader_of(name))
+        raise QtoolError(f"{checkpoint.path} is quantized as `{method}`; qtool reads: {known}")
+    return found
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22  # codes counted at a time
 OVER = {  # two-level scales: what the scales are, and what they stand over
     "nvfp4": "e4m3, over one float32 for the tensor",
-    "nf4-dq": f"8-bit codes, over one float32 for every {NESTED_BLOCK} and an offset",
+    **dict.fromkeys(("nf4-dq", "fp4-dq"), f"8-bit codes, over one float32 for every {NESTED_BLOCK} and an offset"),
 }
 POWERS = "powers of two (e8m0)"
 

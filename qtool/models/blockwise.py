@@ -9,7 +9,6 @@ Shapes: B rows of a batch, T tokens, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from qtool.errors import QtoolError, UsageError
 from qtool.models.architectures import architecture_of
+from qtool.models.loading import config_tree, load_config
 from qtool.runtime.inputs import round_inputs
 from qtool.runtime.kv import KVCache
 from qtool.scheme import ActivationScheme
@@ -71,22 +71,18 @@ class BlockModel:
     """A causal language model whose weights are read when they are needed."""
 
     def __init__(self, root: Path, source: Source, device: torch.device) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        self.architecture = architecture_of(_config(root), root)
+        self.architecture = architecture_of(config_tree(root), root)
         try:
-            self.config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-            if hasattr(self.config, "quantization_config"):
-                del self.config.quantization_config  # the weights arrive dequantized
+            self.config = load_config(root)
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(
                     self.config, attn_implementation=self.architecture.attention, dtype=torch.float32
                 )
         except Exception as error:  # a config.json may be wrong in any way
-            raise QtoolError(
-                f"transformers cannot use {root / 'config.json'}: {' '.join(str(error).split())}"
-            ) from None
-        self.source, self.device = source, device
+            raise QtoolError(f"transformers cannot use the config of {root}: {' '.join(str(error).split())}") from None
+        self.home, self.source, self.device = root, source, device
         self.cache: KVCache | None = None
         self.model.eval().requires_grad_(False)
         self._rebuild_buffers()
@@ -271,14 +267,6 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
         return cast(nn.Linear, module)
     assert isinstance(module, nn.Linear), (name, type(module))
     return module
-
-
-def _config(root: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise UsageError(f"{root} has no config.json, so the model cannot be run") from None
-    return config
 
 
 def pick_device(name: str) -> torch.device:

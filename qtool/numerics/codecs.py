@@ -5,6 +5,8 @@ llm-int8   -127 .. 127, likewise (LLM.int8(), arXiv 2208.07339)
 fp8        e4m3fn to +-448, e5m2 to +-57344; the code is the byte
 e2m1       0, .5, 1, 1.5, 2, 3, 4, 6 with a sign: nvfp4 and mxfp4
 nf4        the 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E)
+iq4        16 integers, finer around 0 (llama.cpp, `kvalues_iq4nl`): iq4_nl and iq4_xs of GGUF
+fp4        0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 with a sign, codes in the order of bitsandbytes 0.50
 
 `shrinks` are the scales worth trying, as multiples of max|w| / `largest`; a larger one clips nothing.
 """
@@ -19,14 +21,19 @@ import torch
 from torch import Tensor
 
 from qtool.numerics.minifloat import decode_e2m1, encode_e2m1, round_e2m1, round_fp8
-from qtool.scheme import QuantScheme
+from qtool.scheme import BLOCK_TYPES, QuantScheme
 
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-NF4_BINS = 64
+FP4_VALUES = tuple(sign * twelfths / 12 + 0.0 for sign in (1, -1) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+IQ4_VALUES = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
+TABLE_BINS = 64
+WITH_MINIMUM = ("q4_1", "q5_1", "q2_k", "q4_k", "q5_k")  # block types whose groups begin at a minimum of their own
 SMALLEST_INT_SHRINK = {2: 0.2, 3: 0.25, 4: 0.3, 5: 0.4, 6: 0.5, 7: 0.6, 8: 0.7}
 
 
@@ -145,42 +152,97 @@ class E2M1:
         return decode_e2m1(codes)
 
 
-class _NF4Table(NamedTuple):
-    values: Tensor
-    borders: Tensor  # above each value
-    lowest: Tensor  # int32: the lowest code in each bin of -1 .. 1
+@dataclass(frozen=True)
+class UnsignedCodec:
+    """Integers from 0 to 2^bits - 1, of block types whose groups begin at a minimum of their own."""
 
+    bits: int
 
-class NF4:
-    """The sixteen values of nf4."""
+    signed: ClassVar[bool] = False
 
-    largest = unclipped = 1.0
-    signed = False
-    shrinks = tuple(1.1 * 0.6 ** (i / 12) for i in range(12))
+    @property
+    def largest(self) -> float:
+        return 2.0**self.bits - 1
+
+    @property
+    def unclipped(self) -> float:
+        return self.largest
+
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        return geometric(SMALLEST_INT_SHRINK[self.bits], 1.0, 16)
 
     def round(self, values: Tensor) -> Tensor:
-        return self._table(values.device).values.index_select(0, self._codes(values)).view(values.shape)
+        return values.round_().clamp_(0, self.largest)
 
     def encode(self, values: Tensor) -> Tensor:
-        return self._codes(values).view(values.shape).to(torch.uint8)
+        return self.round(values).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return self._table(codes.device).values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return codes.float()
 
-    def _codes(self, values: Tensor) -> Tensor:
-        """int32, flat. A bin holds one border between codes at most: six times as fast as torch.bucketize."""
-        table, flat = self._table(values.device), values.reshape(-1)
-        bins = ((flat + 1) * (NF4_BINS / 2)).clamp_(0, NF4_BINS - 1).int()
-        codes = table.lowest.index_select(0, bins)
-        return codes.add_(flat > table.borders.index_select(0, codes))
 
-    @staticmethod
-    @cache
-    def _table(device: torch.device) -> _NF4Table:
-        values = torch.tensor(NF4_VALUES, device=device)
-        borders = torch.cat([(values[1:] + values[:-1]) / 2, values.new_tensor([torch.inf])])
-        edges = torch.arange(NF4_BINS, device=device) * (2 / NF4_BINS) - 1 - 1e-4  # a little below those of the bins
-        return _NF4Table(values, borders, torch.bucketize(edges, borders, out_int32=True))
+class _Lookup(NamedTuple):
+    values: Tensor  # by code
+    rising: Tensor  # the same, each once
+    codes: Tensor  # uint8: those of `rising`
+    borders: Tensor  # above each of `rising`
+    lowest: Tensor  # int32: the lowest place among them in each bin of -largest .. largest
+
+
+@dataclass(frozen=True)
+class Table:
+    """A type of a few values, listed by code. No two borders between them share a bin, 64ths of the range."""
+
+    table: tuple[float, ...]
+
+    shrinks: ClassVar[tuple[float, ...]] = tuple(1.1 * 0.6 ** (i / 12) for i in range(12))
+
+    @property
+    def largest(self) -> float:
+        return max(self.unclipped, -min(self.table))
+
+    @property
+    def unclipped(self) -> float:
+        return min(max(self.table), -min(self.table))
+
+    @property
+    def signed(self) -> bool:
+        return self.largest != self.unclipped
+
+    def round(self, values: Tensor) -> Tensor:
+        return self._lookup(values.device).rising.index_select(0, self._places(values)).view(values.shape)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return self._lookup(values.device).codes.index_select(0, self._places(values)).view(values.shape)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self._lookup(codes.device).values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+    def _places(self, values: Tensor) -> Tensor:
+        """Where among the rising values the nearest stand, int32, flat.
+
+        A bin holds one border between values at most: six times as fast as torch.bucketize.
+        """
+        lookup, flat = self._lookup(values.device), values.reshape(-1)
+        bins = ((flat + self.largest) * (TABLE_BINS / 2 / self.largest)).clamp_(0, TABLE_BINS - 1).int()
+        places = lookup.lowest.index_select(0, bins)
+        return places.add_(flat > lookup.borders.index_select(0, places))
+
+    def _lookup(self, device: torch.device) -> _Lookup:
+        return _lookup(self.table, device)
+
+
+@cache
+def _lookup(table: tuple[float, ...], device: torch.device) -> _Lookup:
+    by_value = {value + 0.0: code for code, value in reversed(list(enumerate(table)))}  # the first code of a value
+    rising = torch.tensor(sorted(by_value), device=device)
+    codes = torch.tensor([code for _, code in sorted(by_value.items())], dtype=torch.uint8, device=device)
+    borders = torch.cat([(rising[1:] + rising[:-1]) / 2, rising.new_tensor([torch.inf])])
+    largest = rising.abs().amax()
+    edges = torch.arange(TABLE_BINS, device=device) * (2 / TABLE_BINS) - 1 - 1e-4  # a little below those of the bins
+    lowest = torch.bucketize(edges * largest, borders, out_int32=True)
+    return _Lookup(torch.tensor(table, device=device), rising, codes, borders, lowest)
 
 
 def codec_of(scheme: QuantScheme) -> Codec:
@@ -191,7 +253,13 @@ def codec_of(scheme: QuantScheme) -> Codec:
     if scheme.kind in ("nvfp4", "mxfp4"):
         return E2M1()
     if scheme.kind.startswith("nf4"):
-        return NF4()
+        return Table(NF4_VALUES)
+    if scheme.kind.startswith("fp4"):
+        return Table(FP4_VALUES)
+    if scheme.kind.startswith("iq4"):
+        return Table(IQ4_VALUES)
+    if scheme.kind in BLOCK_TYPES:
+        return (UnsignedCodec if scheme.kind in WITH_MINIMUM else IntCodec)(scheme.bits)
     return FP8(torch.float8_e5m2 if scheme.kind == "fp8-e5m2" else torch.float8_e4m3fn)
 
 

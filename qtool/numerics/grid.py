@@ -9,12 +9,14 @@ Shapes: O out features, I in features, G groups of columns, C columns given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qtool.headers import TORCH_NAMES
 from qtool.numerics.codecs import codec_of
 from qtool.numerics.minifloat import decode_e8m0
 from qtool.numerics.scales import (
@@ -28,7 +30,7 @@ from qtool.numerics.scales import (
     unnest,
 )
 from qtool.numerics.search import range_affine, range_scales, search_affine, search_scales, weighted_error
-from qtool.scheme import BLOCK, QuantScheme
+from qtool.scheme import BLOCK, BLOCK_TYPES, FLOATS, QuantScheme
 
 
 class GridParams(NamedTuple):
@@ -36,7 +38,7 @@ class GridParams(NamedTuple):
 
     `scale` [O, G]; [1, 1] when a tensor shares one, [O / 128, I / 128] for blocks. `zero` of the same shape,
     integral in float32, or None. `super_scale` and `super_zero` are the second level of two-level scales:
-    nvfp4's divisor [1]; nf4-dq's scales [ceil(O G / 256)] and offset [1].
+    nvfp4's divisor [1]; those of nf4-dq and fp4-dq: scales [ceil(O G / 256)] and offset [1].
     """
 
     scale: Tensor
@@ -91,10 +93,21 @@ class QTensor:
         """The weights that were stacked along their rows, of which there are `rows` each; see `stackable`."""
         assert stackable(self.scheme)
         assert self.outliers is None
-        scales = self.params.scale.split(rows)
-        zeros = [None] * len(rows) if self.params.zero is None else self.params.zero.split(rows)
-        params = [self.params._replace(scale=s, zero=z) for s, z in zip(scales, zeros, strict=True)]
+        shared = [x is None or x.dim() == 1 for x in self.params]  # what there is not, and the divisor of nvfp4
+        parts = [[x] * len(rows) if s else x.split(rows) for x, s in zip(self.params, shared, strict=True)]  # type: ignore[union-attr]
+        params = [GridParams(*part) for part in zip(*parts, strict=True)]
         return [replace(self, codes=c, params=p) for c, p in zip(self.codes.split(rows), params, strict=True)]
+
+    @staticmethod
+    def joined(parts: Sequence[QTensor]) -> QTensor:
+        """The inverse of `split`, for schemes whose rows have nothing in common; see `row_by_row`."""
+
+        def join(name: str) -> Any:
+            values = [getattr(part.params, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        params = parts[0].params._replace(**{name: join(name) for name in GridParams._fields})
+        return replace(parts[0], codes=torch.cat([part.codes for part in parts]), params=params)
 
     def tensors(self) -> list[Tensor]:
         """Everything that it is made of."""
@@ -138,7 +151,7 @@ class Grid:
                 best = error, store, scale
         assert best is not None
         _, store, scale = best
-        if self.scheme.kind == "nf4-dq":
+        if self.scheme.kind.endswith("-dq"):
             codes, super_scale, super_zero = nest(scale)
             return GridParams(codes, None, super_scale, super_zero)
         return GridParams(store.pack(scale), None, store.divisor if isinstance(store, E4M3Store) else None)
@@ -212,7 +225,7 @@ class Grid:
             return [PowerOfTwoStore()]
         if self.scheme.kind == "llm-int8":
             return [AbsmaxStore()]
-        if self.scheme.kind in ("nf4", "nf4-dq"):
+        if self.scheme.kind.startswith(("nf4", "fp4")):
             return [FloatStore(torch.float32)]
         return [FloatStore(self.scale_dtype)]
 
@@ -229,6 +242,13 @@ class Grid:
         if len(scale) not in (1, rows):  # blocks
             scale = scale.repeat_interleave(BLOCK, 0)[:rows]
         return scale.float()
+
+
+def float_tensor(values_OI: Tensor) -> QTensor:
+    """A weight that is stored as it is, in float32, float16 or bfloat16: its own codes."""
+    name = next(name for name, dtype in TORCH_NAMES.items() if getattr(torch, dtype) == values_OI.dtype)
+    ones = torch.ones((1, 1), device=values_OI.device)
+    return QTensor(values_OI, GridParams(ones), QuantScheme.parse(name.lower()))
 
 
 class Rounder:
@@ -259,7 +279,12 @@ class Rounder:
 
 def stackable(scheme: QuantScheme) -> bool:
     """Whether weights may be solved as one, stacked along their rows, and be split again afterwards."""
-    return scheme.granularity in ("channel", "group") and scheme.kind != "nf4-dq" and not scheme.outliers
+    return scheme.granularity in ("channel", "group") and not scheme.kind.endswith("-dq") and not scheme.outliers
+
+
+def row_by_row(scheme: QuantScheme) -> bool:
+    """Whether every row of a weight is rounded by itself."""
+    return stackable(scheme) and scheme.kind != "nvfp4"
 
 
 def grid_of(scheme: QuantScheme, scale_dtype: torch.dtype) -> Grid:
@@ -268,4 +293,8 @@ def grid_of(scheme: QuantScheme, scale_dtype: torch.dtype) -> Grid:
         from qtool.numerics.outliers import OutlierGrid
 
         return OutlierGrid(scheme, scale_dtype)
+    if scheme.kind in (*BLOCK_TYPES, *FLOATS) or (scheme.kind == "mxfp4" and scheme.activations is None):
+        from qtool.numerics.blocks import BlockGrid, FloatGrid
+
+        return (FloatGrid if scheme.kind in FLOATS else BlockGrid)(scheme, torch.float16)
     return Grid(scheme, scale_dtype)

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from qtool.headers import kind_of
+from qtool.recipe import NO_METHOD
 from qtool.report.model import LayerRecord, Report
 from qtool.report.table import Table, View, seconds, size
 
@@ -117,6 +118,12 @@ def _layers(layers: list[LayerRecord]) -> Table:
     return Table(columns, rows, title="mean relative error of weights and outputs, and the worst output")
 
 
+def _recipe(report: Report) -> str:
+    if report.method == NO_METHOD:
+        return "none: nothing was rounded, the weights are laid out anew"
+    return " + ".join([*report.transforms, report.method]) + f" {report.scheme}"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
@@ -134,7 +141,7 @@ def _verdict(report: Report) -> Table:
     stages = ", ".join(f"{name} {seconds(s)}" for name, s in sorted(report.stages_s.items(), key=lambda x: -x[1])[:4])
     facts = [
         ("model", f"{report.model} ({report.architecture})"),
-        ("recipe", " + ".join([*report.transforms, report.method]) + f" {report.scheme}"),
+        ("recipe", _recipe(report)),
         *[("transforms", line) for line in _transforms(report)],
         *([("KV cache", f"{report.kv}, calibrated scales")] if report.kv else []),
         ("output", report.output),

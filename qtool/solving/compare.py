@@ -6,6 +6,7 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,17 +22,26 @@ class Errors:
     weight: float
     output: float | None
 
+    @classmethod
+    def of(cls, sums: Iterable[Tensor]) -> Errors:
+        """From the sums of `squares` over parts of a weight."""
+        total = torch.stack(list(sums)).sum(0)
+        return cls(_ratio(total[0], total[1]), _ratio(total[2], total[3]) if len(total) > 2 else None)
+
 
 def compare(weight_OI: Tensor, new_OI: Tensor, second_II: Tensor | None) -> Errors:
     """How far a weight is from what it was, given E[x x^T] of its input."""
-    sums = torch.zeros(4, dtype=torch.float64)  # |D|^2, |W|^2, tr D H D^T, tr W H W^T
-    for weight, new in zip(weight_OI.split(ROWS), new_OI.split(ROWS), strict=True):
-        error = new - weight
-        products = [error.square().sum(), weight.square().sum()]
-        if second_II is not None:
-            products += [((x @ second_II).mul_(x)).sum() for x in (error, weight)]
-        sums[: len(products)] += torch.stack(products).cpu().double()
-    return Errors(_ratio(sums[0], sums[1]), None if second_II is None else _ratio(sums[2], sums[3]))
+    parts = zip(weight_OI.split(ROWS), new_OI.split(ROWS), strict=True)
+    return Errors.of(squares(weight, new, second_II) for weight, new in parts)
+
+
+def squares(weight_OI: Tensor, new_OI: Tensor, second_II: Tensor | None = None) -> Tensor:
+    """|D|^2, |W|^2 and, with a second moment, tr D H D^T, tr W H W^T of a change D of a weight, float64."""
+    error = new_OI - weight_OI
+    products = [error.square().sum(), weight_OI.square().sum()]
+    if second_II is not None:
+        products += [((x @ second_II).mul_(x)).sum() for x in (error, weight_OI)]
+    return torch.stack(products).cpu().double()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

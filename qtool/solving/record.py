@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import raw_bytes
 from qtool.formats.weights import check_finite
-from qtool.headers import scale_dtype
 from qtool.job import Job
 from qtool.numerics.grid import QTensor
 from qtool.parameters import Parameters
@@ -35,6 +34,7 @@ class UnitRecord:
         self.tensors[name] = self.solver.staged.write(name, tensor)
 
     def add(self, linear: Linear, weight: QTensor, record: LayerRecord) -> None:
+        """A linear as the format holds it."""
         with self.solver.watch.stage("write"):
             for name, tensor in self.solver.job.format.pack(linear.module, weight, linear.source.dtype).items():
                 self.write(name, tensor)
@@ -45,7 +45,8 @@ class UnitRecord:
         """The tensors that stay unquantized, and then the unit is done."""
         solver, source = self.solver, self.solver.job.source
         with solver.watch.stage("write"):
-            kept = [k.source.name for k in self.unit.kept]
+            outputs = solver.job.plan.outputs
+            kept = [k.source.name for k in self.unit.kept if k.source.name in outputs]
             changed = [name for name in kept if name in parameters.changed]
             for name in changed:
                 self.write(name, parameters[name].to(parameters.dtype(name)))
@@ -76,8 +77,8 @@ class UnitRecord:
 
 def read_back(written: Checkpoint, job: Job, linear: Linear) -> QTensor:
     """A linear as it stands in the written files."""
-    layout = job.format.layout(linear.module, linear.scheme, linear.shape, scale_dtype(linear.source.dtype))
-    return job.format.unpack(linear.module, dict(written.read_many(t.name for t in layout)), linear.scheme)
+    parts = dict(written.read_many(info.name for info in job.format.tensors(linear)))
+    return job.format.unpack(linear.module, parts, linear.scheme)
 
 
 def digest(weight: QTensor) -> str:

@@ -8,6 +8,7 @@ an undisturbed one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,17 @@ from qtool.calibration.stats import CROSS
 from qtool.calibration.tokens import Tokenizer, TokenRows, too_little_data
 from qtool.checkpoint.writer import StagedOutput
 from qtool.errors import QtoolError
+from qtool.formats.relaying import relay
+from qtool.formats.weights import Weights
 from qtool.job import KV_PARTS, Job
 from qtool.models.architectures import LLAMA
 from qtool.models.blockwise import BlockModel
-from qtool.parameters import Parameters
+from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Unit
 from qtool.report.model import Stopwatch
+from qtool.solving.compare import Errors
 from qtool.solving.record import UnitRecord
-from qtool.solving.unit import UnitWork
+from qtool.solving.unit import UnitWork, layer_record
 from qtool.transforms import BiasTransform, ScaleTransform
 
 if TYPE_CHECKING:
@@ -56,15 +60,17 @@ class Solver:
         if wanted:
             self._run_blocks(wanted, batch_tokens)
         if self.job.stats and undone:
-            root, config = self.job.checkpoint.root, self.job.checkpoint.config
+            root, config = self.job.checkpoint.home, self.job.checkpoint.config
             self.job.stats.check_tokenizer(Tokenizer(root, int(config["vocab_size"])).sha256)
         for unit in undone:  # only now: the model and its rows are out of memory
-            if unit.name not in wanted:
+            if self.job.method is None:
+                self._lay_out_anew(unit)
+            elif unit.name not in wanted:
                 self._solve_alone(unit)
 
     def _notes(self) -> list[str]:
         """What a person should know of the run before it begins."""
-        job, notes = self.job, []
+        job, notes = self.job, list(self.job.notes)
         linears = job.plan.linears
         if self.biasings and not any(f"{linear.module}.bias" in job.source.shapes for linear in linears):
             notes.append(f"none of the {len(linears)} layers has a bias to correct")
@@ -103,13 +109,26 @@ class Solver:
             work.solve(group)
         work.finish()
 
+    def _lay_out_anew(self, unit: Unit) -> None:
+        """A unit that is quantized already, in another format."""
+        record, source = UnitRecord(self, unit), self.job.source
+        assert isinstance(source, Weights)
+        for linear in unit.linears:
+            start = time.perf_counter()
+            dtype = TORCH_DTYPES[self.job.scale_dtype(linear)]
+            weight = relay(linear.module, source.read_packed(linear.module), linear.scheme, dtype)
+            held = self.job.format.held(weight, linear.source.dtype)
+            record.add(linear, held, layer_record(linear, Errors(0.0, None), time.perf_counter() - start))
+        record.finish(self._parameters(unit, {}))
+
     def _run_blocks(self, wanted: set[str], batch_tokens: int) -> None:
         """The units named `wanted`; the rows go through the blocks before them as they were written."""
         job = self.job
         with self.watch.stage("calibrate"):
-            model = BlockModel(job.checkpoint.root, job.source, self.device)
-            tokenizer = Tokenizer(job.checkpoint.root, model.config.vocab_size)
-            spec, root = job.recipe.data, job.checkpoint.root
+            root = job.checkpoint.home
+            model = BlockModel(root, job.source, self.device)
+            tokenizer = Tokenizer(root, model.config.vocab_size)
+            spec = job.recipe.data
             self.rows = rows_of(spec, root, tokenizer, model.context, self.device, self.progress)
             self._check_amount(self.rows.tokens, len(self.rows.rows[0]))
             rows = Rows(model, self.rows, batch_tokens, cross=CROSS in job.wanted)

@@ -8,24 +8,28 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
+
+import torch
 
 from qtool.calibration.rows import Rows
 from qtool.calibration.stats import CROSS, SECOND, VECTORS, Moments
-from qtool.checkpoint.reader import Checkpoint
 from qtool.formats.weights import check_finite
-from qtool.headers import scale_dtype
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.job import KV_PARTS
+from qtool.methods import Method
+from qtool.methods.rtn import RTN
 from qtool.models.architectures import Input
 from qtool.numerics.activations import static_scale
-from qtool.numerics.grid import Grid, grid_of, stackable
+from qtool.numerics.grid import Grid, QTensor, grid_of, row_by_row, stackable
 from qtool.numerics.scales import FloatStore
 from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
 from qtool.runtime.kv import KVCache
-from qtool.scheme import ActivationScheme
-from qtool.solving.compare import Errors, compare
+from qtool.scheme import ActivationScheme, QuantScheme
+from qtool.solving.compare import Errors, compare, squares
 from qtool.solving.record import UnitRecord, read_back
 from qtool.transforms.fold import fold, sharing
 
@@ -35,16 +39,20 @@ if TYPE_CHECKING:
     from qtool.solving.solver import Solver
 
 
+AT_ONCE = 1 << 24  # weights that are rounded at once where they outgrow a block
+
+
 class UnitWork:
     """The work on one unit: its statistics, its transforms, its linears."""
 
     def __init__(self, solver: Solver, unit: Unit, parameters: Parameters, record: UnitRecord) -> None:
         self.solver, self.job, self.unit, self.parameters, self.record = solver, solver.job, unit, parameters, record
         self.linears = {linear.module.removeprefix(unit.name + "."): linear for linear in unit.linears}
-        inputs = [source for source in solver.architecture.inputs if source.linears[0] in self.linears]
-        self.sources = {source.linears[0]: source for source in inputs} if self.job.architecture else {}
+        found = [(source, [x for x in source.linears if x in self.linears]) for source in solver.architecture.inputs]
+        self.inputs = {present[0]: present for _, present in found if present} if self.job.architecture else {}
+        self.sources = {present[0]: source for source, present in found if present and self.inputs}
         self.groups = self._groups()
-        self.moments: dict[str, Moments] = {}  # by the first linear of each input
+        self.moments: dict[str, Moments] = {}  # by the first quantized linear of each input
         self.scales: dict[str, Tensor] = {}  # by which transforms divided them, likewise
         self.scaled: dict[str, list[str]] = {}  # what the transforms did, likewise
         self.rounded: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
@@ -119,8 +127,10 @@ class UnitWork:
     def solve(self, group: list[str]) -> None:
         """The linears of one input."""
         moments = self.moments.pop(group[0], None)
-        scheme = self.linears[group[0]].scheme
-        parts = [list(group)] if stackable(scheme) else [[name] for name in group]
+        alike: dict[QuantScheme, list[str]] = {}
+        for name in group:
+            alike.setdefault(self.linears[name].scheme, []).append(name)
+        parts = [p for scheme, names in alike.items() for p in ([names] if stackable(scheme) else [[n] for n in names])]
         scale = self._input_scale(group[0], moments)
         dead = int((moments.diagonal_I == 0).sum()) if moments else 0
         notes = (
@@ -129,9 +139,45 @@ class UnitWork:
             else []
         )
         for part in parts:
-            self._solve(part, moments, scale, notes, self.scaled.get(group[0], []))
-        if scheme.activations:
-            self.rounded.update(dict.fromkeys(group, (scheme.activations, scale)))
+            if moments is None and self._is_too_large(part[0]):
+                self._solve_by_rows(part[0])
+            else:
+                self._solve(part, moments, scale, notes, self.scaled.get(group[0], []))
+        for name in group:
+            if activations := self.linears[name].scheme.activations:
+                self.rounded[name] = activations, scale
+
+    def _is_too_large(self, name: str) -> bool:
+        """Whether to round a weight a few rows at a time: it outgrows a block, as embeddings do."""
+        linear = self.linears[name]
+        loaded = f"{linear.module}.weight" in self.parameters.tensors
+        return prod(linear.shape) > AT_ONCE and row_by_row(linear.scheme) and not loaded and not linear.transposed
+
+    def _solve_by_rows(self, name: str) -> None:
+        """Round a linear without data and without its whole weight in float32."""
+        start, linear = time.perf_counter(), self.linears[name]
+        method, notes = self._without_data()
+        grid, watch = self._grid(linear), self.solver.watch
+        parts: list[QTensor] = []
+        sums = []
+        for rows in torch.arange(linear.shape[0]).split(max(1, AT_ONCE // linear.shape[1])):
+            with watch.stage("read"):
+                weight_OI = self.job.source.read_rows(f"{linear.module}.weight", rows).to(self.parameters.device)
+            with watch.stage("solve"):
+                solved = method.solve(weight_OI, grid, None).weight
+                parts.append(self.job.format.held(solved, linear.source.dtype))
+            with watch.stage("measure"):
+                sums.append(squares(weight_OI, parts[-1].dequantize()))
+        record = layer_record(linear, Errors.of(sums), time.perf_counter() - start, notes)
+        self.record.add(linear, QTensor.joined(parts), record)
+
+    def _without_data(self) -> tuple[Method, list[str]]:
+        """The method for a linear without statistics, and what to say of that."""
+        method = self.job.method
+        assert method
+        if not method.needs:
+            return method, []
+        return RTN(), [f"rounded to nearest: {self.job.recipe.method} has no data for it"]
 
     def _solve(
         self,
@@ -148,8 +194,12 @@ class UnitWork:
             weight_OI = self.parameters.stacked([linear.module for linear in linears])
         rows = [linear.shape[0] for linear in linears]
         with watch.stage("solve"):
-            solution = self.job.method.solve(weight_OI, self._grid(linears[0]), moments)
+            method, why = (self.job.method, []) if moments else self._without_data()
+            assert method
+            notes = [*notes, *why]
+            solution = method.solve(weight_OI, self._grid(linears[0]), moments)
             parts = solution.weight.split(rows) if len(rows) > 1 else [solution.weight]
+            parts = [self.job.format.held(x, linear.source.dtype) for x, linear in zip(parts, linears, strict=True)]
         wall_s = (time.perf_counter() - start) / len(weight_OI)
         for linear, solved, weight in zip(linears, parts, weight_OI.split(rows), strict=True):
             with watch.stage("measure"):
@@ -159,7 +209,7 @@ class UnitWork:
                     self._shift_bias(linear.module, weight, new, moments)
                 weight.copy_(new)
             notes = [*notes, *solution.notes]
-            record = _layer_record(linear, errors, wall_s * linear.shape[0], notes, transforms)
+            record = layer_record(linear, errors, wall_s * linear.shape[0], notes, transforms)
             self.record.add(linear, replace(solved, input_scale=input_scale), record)
             if not self.job.wanted:
                 self.parameters.drop(linear.module)
@@ -195,7 +245,7 @@ class UnitWork:
 
     def put_back(self) -> None:
         """The written tensors of a finished unit back into its block."""
-        written = Checkpoint(self.solver.staged.folder)
+        written = open_checkpoint(self.solver.staged.folder)
         for linear in self.unit.linears:
             solved = read_back(written, self.job, linear)
             self.parameters.weight(linear.module).copy_(solved.dequantize())
@@ -212,25 +262,25 @@ class UnitWork:
         self.record.finish(self.parameters)
 
     def _grid(self, linear: Linear) -> Grid:
-        return grid_of(linear.scheme, TORCH_DTYPES[scale_dtype(linear.source.dtype)])
+        return grid_of(linear.scheme, TORCH_DTYPES[self.job.scale_dtype(linear)])
 
     def _groups(self) -> list[list[str]]:
         """The quantized linears by input; each alone where nothing is known of the model, or where memory counts."""
+        others = sorted(self.linears.keys() - {name for group in self.inputs.values() for name in group})
+        known = [*self.inputs.values(), *([name] for name in others)]
         if self.job.wanted:
-            return [list(source.linears) for source in self.sources.values()]
-        known = [[x for x in source.linears if x in self.linears] for source in self.solver.architecture.inputs]
-        known = [group for group in known if group]
-        others = sorted(self.linears.keys() - {name for group in known for name in group})
+            return known
         groups: list[list[str]] = []
-        for group in [*known, *((name,) for name in others)]:
+        for group in known:
             together = self.linears[group[0]].scheme.kind == "nvfp4"  # served as one, they share its divisor
             groups += [list(group)] if together else [[name] for name in group]
         return groups
 
 
-def _layer_record(
-    linear: Linear, errors: Errors, wall_s: float, notes: Iterable[str], transforms: Iterable[str]
+def layer_record(
+    linear: Linear, errors: Errors, wall_s: float, notes: Iterable[str] = (), transforms: Iterable[str] = ()
 ) -> LayerRecord:
+    """What the report says of a linear."""
     return LayerRecord(
         module=linear.module,
         scheme=str(linear.scheme),
