@@ -43,4 +43,4 @@ def unknown(what: str, name: object, known: Iterable[str], hint: str | None = No
     near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
     suggestion = "did you mean " + " or ".join(f"`{n}`" for n in near) + "?" if near else None
     listed = f"known: {', '.join(known)}" if known else "there is none"
-    return UsageError(f"unknown {what} `{name}`", hint or suggestion or listed)
+    return UsageError(f"unknown {what} `{shown(name)}`", hint or suggestion or listed)

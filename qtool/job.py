@@ -18,21 +18,24 @@ from qtool.formats import FORMATS, Format, format_for, get_format, least_capable
 from qtool.formats.relaying import HINT, relaid_scheme
 from qtool.formats.weights import Source, Weights
 from qtool.gguf.checkpoint import open_checkpoint
-from qtool.headers import TensorInfo, kind_of, scale_dtype
+from qtool.headers import TORCH_NAMES, TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
 from qtool.mixes import MIXES, Mix
 from qtool.mixes import scheme_of as mix_scheme
 from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of, config_value
-from qtool.plan import Linear, Plan, make_plan
-from qtool.recipe import AUTO, DEFAULT_METHOD, DEFAULT_SCHEME, EMBEDDINGS, NO_METHOD, Recipe
+from qtool.plan import Linear, Plan, make_plan, matches
+from qtool.recipe import AUTO, DEFAULT_IGNORE, DEFAULT_METHOD, DEFAULT_SCHEME, EMBEDDINGS, NO_METHOD, Recipe
 from qtool.scheme import FLOATS, KINDS, KV_SCHEMES, ActivationScheme, QuantScheme
 from qtool.transforms import ScaleTransform, SourceTransform, Transform, get_transform
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qtool.calibration.imatrix_file import ImatrixStats
     from qtool.calibration.saved import SavedStats
 
 KV_PARTS = ("k_scale", "v_scale")
+DEFAULT_MIX = "q4_k_m"  # of GGUF files
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ class Job:
         """How the scales of a linear are stored."""
         return self.format.scale_dtype(linear.source.dtype)
 
+    def as_stored(self, name: str, value: Tensor) -> Tensor:
+        """A value of a tensor that stays unquantized as the output gives it back, float32."""
+        import torch
+
+        dtype = getattr(torch, TORCH_NAMES[self.plan.outputs[name].dtype])
+        return self.container.decode(name, self.container.encode(name, value.to(dtype))).float()
+
     def quantization_config(self) -> dict[str, Any] | None:
         """config.json's entry. Raises UsageError for what one checkpoint of the format cannot hold together."""
         schemes = {linear.module: linear.scheme for linear in self.plan.linears}
@@ -96,7 +106,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
         raise UsageError(f"{checkpoint.path} is not quantized yet", "leave --requantize out")
     recipe = replace(
         recipe,
-        scheme=DEFAULT_SCHEME if recipe.scheme == AUTO else recipe.scheme,
+        scheme=(DEFAULT_MIX if recipe.format == "gguf" else DEFAULT_SCHEME) if recipe.scheme == AUTO else recipe.scheme,
         method=DEFAULT_METHOD if recipe.method == AUTO else recipe.method,
     )
     method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
@@ -107,7 +117,9 @@ def prepare(model: str, recipe: Recipe) -> Job:
     wanted = _wanted(recipe, method, transforms, schemes)
     architecture = _architecture(checkpoint, recipe, bool(wanted), bool(transforms))
     known = architecture or LLAMA  # names of fused linears are much the same everywhere
-    format = get_format(_format_name(recipe, known, schemes))
+    format = get_format("gguf" if mix else _format_name(recipe, known, schemes))
+    if format.container == "gguf" and (problem := format.problem(schemes[0])):
+        raise UsageError(problem, f"use a mix of llama.cpp's, such as `--scheme {DEFAULT_MIX}`: {', '.join(MIXES)}")
     stats = _saved_stats(recipe, checkpoint, wanted)
     if wanted and not stats:
         check_source(recipe.data, calibrating=True)
@@ -132,25 +144,33 @@ def prepare(model: str, recipe: Recipe) -> Job:
             source = transform.wrap(source, architecture, checkpoint.config)
             changes.update(source.config_changes)
     container = _container(format, checkpoint, {**checkpoint.config, **changes}, mix)
-    if mix:
-        recipe = replace(recipe, ignore=tuple(p for p in recipe.ignore if p not in EMBEDDINGS))
-    mixed = _Mixed(mix, container, checkpoint.config, weights.dense, bool(wanted)) if mix else None
+    tensors, added = weights.dense, source.added
+    if mix:  # which says also what embedding and head become, be it one that a transform has added
+        tensors, added = {**tensors, **{info.name: info for info in added}}, []
+        if recipe.ignore[: len(DEFAULT_IGNORE)] == DEFAULT_IGNORE:
+            others = tuple(pattern for pattern in DEFAULT_IGNORE if pattern not in EMBEDDINGS)
+            recipe = replace(recipe, ignore=others + recipe.ignore[len(DEFAULT_IGNORE) :])
+    mixed = _Mixed(mix, container, checkpoint.config, tensors, bool(wanted)) if mix else None
     plan = make_plan(
-        weights.dense,
+        tensors,
         recipe,
         format.tensors,
         known.fused() if format.serves_fused else (),
         _solvable(architecture, format) if architecture and wanted else None,
         storable=lambda linear: _problem(format, linear, known),
         transposed=known.is_block_linear if known.transposed else None,
-        added=[*source.added, *_kv_scales(checkpoint, recipe, architecture)],
+        added=[*added, *_kv_scales(checkpoint, recipe, architecture)],
         scheme_of=mixed.scheme_of if mixed else None,
         stored=container.stored,
         files=container.files,
     )
     container = _with_kinds(container, plan)
     kv = KV_SCHEMES[recipe.kv] if recipe.kv else None
-    notes = (*_notes_of(container), *(mixed.notes if mixed else ()))
+    others = mixed.notes(plan, recipe) if mixed else ()
+    if recipe.strict and others:
+        more = f" ({len(others) - 1} more like it)" if len(others) > 1 else ""
+        raise UsageError(f"--strict: {others[0]}{more}", "give these layers a scheme that fits with --layer")
+    notes = (*_notes_of(container), *others)
     job = Job(model, checkpoint, source, recipe, method, transforms, format, container, plan, architecture, kv, stats,
               changes, notes)  # fmt: skip
     if stats and architecture:
@@ -241,6 +261,7 @@ def describe(job: Job) -> dict[str, Any]:
             }
             for (kind, scheme), m in kinds.items()
         ],
+        "notes": list(job.notes),
         "left_alone": [{"reason": r, "tensors": len(x), "size_bytes": sum(x)} for r, x in reasons.items()],
         "bytes_before": job.checkpoint.size_bytes,
         "bytes_after": job.plan.size_bytes,
@@ -326,7 +347,7 @@ def _mix(recipe: Recipe) -> Mix | None:
 
 
 class _Mixed:
-    """What a mix makes of each matrix of a model; `notes` says where that is not what its name promises."""
+    """What a mix makes of each matrix of a model."""
 
     def __init__(
         self, mix: Mix, container: Any, config: Mapping[str, Any], names: Collection[str], weighted: bool
@@ -335,18 +356,23 @@ class _Mixed:
         heads = int(config_value(config, "num_attention_heads") or 1)
         self.gqa = heads // int(config_value(config, "num_key_value_heads") or heads)
         self.tied = not any(self.model.gguf_name(name) == "output.weight" for name in names)
-        self.notes: dict[str, None] = {}
 
     def scheme_of(self, module: str, shape: tuple[int, ...]) -> QuantScheme:
+        return QuantScheme.parse(self._choice(module, shape)[0])
+
+    def notes(self, plan: Plan, recipe: Recipe) -> tuple[str, ...]:
+        """Where the scheme of a matrix is not what the name of the mix promises."""
+        by_mix = [x for x in plan.linears if not any(matches(x.module, pattern) for pattern in recipe.layers)]
+        found = [self._choice(linear.module, linear.shape)[1] for linear in by_mix]
+        return tuple(dict.fromkeys(note for note in found if note))
+
+    def _choice(self, module: str, shape: tuple[int, ...]) -> tuple[str, str | None]:
         name = self.model.gguf_name(f"{module}.weight") or module
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(?:\.weight)?", name)
         assert match
         role = "output" if self.tied and match[2] == "token_embd" else match[2]
-        block = int(match[1] or 0)
-        kind, note = mix_scheme(self.mix, role, block, self.model.blocks, (shape[0], shape[1]), self.gqa, self.weighted)
-        if note:
-            self.notes[note] = None
-        return QuantScheme.parse(kind)
+        index, blocks = int(match[1] or 0), self.model.blocks
+        return mix_scheme(self.mix, role, index, blocks, (shape[0], shape[1]), self.gqa, self.weighted)
 
 
 def _problem(format: Format, linear: Linear, architecture: Architecture) -> str | None:

@@ -5,7 +5,7 @@ They are written to in place. `changed` are tensors that stay unquantized but ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +20,21 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 
 class Parameters:
-    """`transposed`: the linears of this model store their weight [in, out]."""
+    """`transposed`: the linears of this model store their weight [in, out]. `as_stored` is what the output makes of a
+    value of a tensor that stays unquantized; without it that is rounded to the type that it has in the source."""
 
     def __init__(
-        self, unit: Unit, source: Source, device: torch.device, transposed: bool, loaded: Mapping[str, Tensor]
+        self,
+        unit: Unit,
+        source: Source,
+        device: torch.device,
+        transposed: bool,
+        loaded: Mapping[str, Tensor],
+        as_stored: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         self.unit, self.source, self.device, self.transposed = unit, source, device, transposed
         self.tensors = dict(loaded)
+        self.as_stored = as_stored or self._in_its_type
         self.changed: set[str] = set()
         self._dtypes = {kept.source.name: kept.source.dtype for kept in unit.kept}
         self._quantized = {linear.module for linear in unit.linears}
@@ -73,10 +81,5 @@ class Parameters:
         self[name].copy_(value)
         self.changed.add(name)
 
-    def as_stored(self, name: str, value: Tensor) -> Tensor:
-        """A value rounded to the type that a kept tensor is stored in, float32."""
-        return value.to(self.dtype(name)).float()
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type that a kept tensor is stored in."""
-        return TORCH_DTYPES[self._dtypes[name]]
+    def _in_its_type(self, name: str, value: Tensor) -> Tensor:
+        return value.to(TORCH_DTYPES[self._dtypes[name]]).float()

@@ -175,7 +175,9 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         KeptRecord(k.source.name, k.source.dtype, k.source.size_bytes, k.reason, k.source.name in changed)
         for k in job.plan.kept
     ]
-    kept += [KeptRecord(i.name, i.dtype, i.size_bytes, ADDED, changed=True) for i in job.source.added]
+    planned = {x.source.name for x in job.plan.linears} | {k.source.name for k in job.plan.kept}
+    added = [info for info in job.source.added if info.name not in planned]
+    kept += [KeptRecord(info.name, info.dtype, info.size_bytes, ADDED, changed=True) for info in added]
     unasked = [k for k in job.plan.kept if not k.asked]
     notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
     on_disk = job.plan.bits_on_disk

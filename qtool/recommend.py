@@ -1,9 +1,10 @@
 """Which recipe to take for a model, given memory, engine and hardware, and why. Never imports torch.
 
 `TARGETS` is all that is known about what runs where; the page beside the recipes shows the same table. It follows the
-documentation and sources of vLLM (to 0.32), SGLang, transformers 5.17 and bitsandbytes 0.50. Its order is that of
-quality: 16 bits, 8 bits, 4 bits with 8 where it hurts, 4-bit integers, 4-bit floats, 3 bits, 2 bits; within a class,
-what suits most comes first. That is a rule of thumb and no measurement of the model: `--eval` measures.
+documentation and sources of vLLM (to 0.32), SGLang, transformers 5.17, gptqmodel 7.7, bitsandbytes 0.50 and llama.cpp
+(ggml 0.25). Its order is that of quality: 16 bits, 8 bits, 5 and 6 bits, 4 bits with 8 where it hurts, 4-bit integers,
+4-bit floats, 3 bits, 2 bits; within a class, what suits most comes first. That is a rule of thumb and no measurement of
+the model: `--eval` measures.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import ceil
+from dataclasses import asdict, dataclass, replace
+from math import ceil, prod
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError, unknown
+from qtool.formats import get_format
+from qtool.gguf.container import GGUFContainer
+from qtool.gguf.model import GGUFModel
 from qtool.headers import DTYPE_BITS, scale_dtype
-from qtool.inspection.logical import open_weights
+from qtool.inspection.logical import is_quantized, open_weights
 from qtool.inspection.memory import SCHEMES, USABLE, Memory, memory
+from qtool.job import _Mixed
 from qtool.methods import get_method
+from qtool.mixes import MIXES, Mix
+from qtool.mixes import scheme_of as mix_scheme
 from qtool.models.architectures import ARCHITECTURES, LLAMA
 from qtool.plan import Kept, Linear, make_plan, matches
-from qtool.recipe import DataSpec, Recipe
+from qtool.recipe import DEFAULT_IGNORE, EMBEDDINGS, DataSpec, Recipe
 from qtool.report.table import Table, View, size
 from qtool.scheme import QuantScheme
 from qtool.transforms import get_transform
@@ -38,8 +45,19 @@ CARDS = {
     "rtx5070": "blackwell", "rtx5080": "blackwell", "rtx5090": "blackwell", "x86": "cpu", "arm": "cpu",
     "m1": "apple", "m2": "apple", "m3": "apple", "m4": "apple", "m5": "apple",
 }  # fmt: skip
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers", "bitsandbytes": "bitsandbytes"}
-CLASSES = ("8 bits", "4 and 8 bits", "4-bit integers", "4-bit floats", "3 bits", "2 bits")  # by falling quality
+LLAMA_CPP = "llama.cpp"
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers", "bitsandbytes": "bitsandbytes",
+           LLAMA_CPP: LLAMA_CPP}  # fmt: skip
+BUILT_ON = {"ollama": LLAMA_CPP, "lmstudio": LLAMA_CPP}  # programs that run models with another engine
+AT_HOME = ("cpu", "apple")  # where llama.cpp comes first when no engine is named; elsewhere it has to be named
+CLASSES = (  # by falling quality
+    "8 bits", "5 and 6 bits", "4 and 8 bits", "4-bit integers", "4-bit floats", "3 bits", "2 bits",
+)  # fmt: skip
+# The matrices of Llama 3.1 8B: of its 32 blocks by llama.cpp's names, and embedding and head
+REFERENCE = {"attn_q": (4096, 4096), "attn_k": (1024, 4096), "attn_v": (1024, 4096), "attn_output": (4096, 4096),
+             "ffn_gate": (14336, 4096), "ffn_up": (14336, 4096), "ffn_down": (4096, 14336)}  # fmt: skip
+REFERENCE_ENDS = {"token_embd": (128256, 4096), "output": (128256, 4096)}
+REFERENCE_BLOCKS, REFERENCE_GQA = 32, 4
 CONTEXT = 4096
 SHOWN = 8  # rows of the table; --json has all
 
@@ -56,42 +74,62 @@ class Target:
     vllm: tuple[str, ...] = ()
     sglang: tuple[str, ...] = ()
     bitsandbytes: tuple[str, ...] = ()  # with which transformers keeps it packed
+    gptqmodel: tuple[str, ...] = ()  # likewise
+    llama_cpp: tuple[str, ...] = ()  # where there is any, the scheme is a mix of llama.cpp's
+    format: str = "auto"
     transforms: tuple[str, ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
     kv: str | None = None
     rows: int = 128  # of calibration, where data is needed
 
     @property
+    def mix(self) -> Mix | None:
+        return MIXES[self.scheme] if self.llama_cpp else None
+
+    @property
+    def schemes(self) -> list[QuantScheme]:
+        """Those of its matrices; of a mix the one that most have."""
+        base = self.mix.base if self.mix else self.scheme
+        return [QuantScheme.parse(text) for text in dict.fromkeys([base, *dict(self.layers).values()])]
+
+    @property
     def needs_data(self) -> bool:
-        schemes = [QuantScheme.parse(text) for text in (self.scheme, *dict(self.layers).values())]
-        static = any(s.activations and s.activations.is_static for s in schemes)
+        static = any(s.activations and s.activations.is_static for s in self.schemes)
         parts = [get_method(self.method, {}), *(get_transform(name, {}) for name in self.transforms)]
         return static or self.kv is not None or any(part.needs for part in parts)
 
     @property
     def time(self) -> str:
         """About what it takes for a billion parameters."""
-        return "seconds" if not self.needs_data else "longer" if self.method == "gptaq" else "minutes"
+        quick = not self.needs_data and not self.mix  # the search for the scales of a mix's types takes minutes
+        return "seconds" if quick else "longer" if self.method == "gptaq" else "minutes"
 
     @property
     def bits(self) -> str:
-        """Bits per weight, scales and zero points included, of a matrix of 4096 x 4096."""
-        schemes = dict.fromkeys([self.scheme, *dict(self.layers).values()])
-        return " and ".join(f"{QuantScheme.parse(text).bits_per_weight((4096, 4096)):.4g}" for text in schemes)
+        """Bits per weight, scales and zero points included: of a matrix of 4096 x 4096, of a mix of Llama 3.1 8B."""
+        if self.mix:
+            return f"{mix_bits(self.mix, self.needs_data):.3g}"
+        return " and ".join(f"{scheme.bits_per_weight((4096, 4096)):.4g}" for scheme in self.schemes)
 
     def hardware(self, engine: str) -> tuple[str, ...]:
         """Where an engine runs it without unpacking it to 16 bits.
 
-        transformers 5.17 unpacks compressed-tensors when it loads them, or at the first forward pass.
+        transformers 5.17 unpacks compressed-tensors when it loads them, or at the first forward pass, and GGUF.
         """
-        return {"vllm": self.vllm, "sglang": self.sglang}.get(engine, self.bitsandbytes)
+        return {"vllm": self.vllm, "sglang": self.sglang, "transformers": self.bitsandbytes or self.gptqmodel,
+                "bitsandbytes": self.bitsandbytes, LLAMA_CPP: self.llama_cpp}[engine]  # fmt: skip
 
     def recipe(self) -> Recipe:
         """What its file in `recipes/` says."""
         layers = {pattern: str(QuantScheme.parse(scheme)) for pattern, scheme in self.layers}
         data = DataSpec(rows=self.rows) if self.needs_data else DataSpec()
-        return Recipe(str(QuantScheme.parse(self.scheme)), layers, transforms=self.transforms, method=self.method,
-                      kv=self.kv, data=data)  # fmt: skip
+        return Recipe(self.scheme_text, layers, transforms=self.transforms, method=self.method, kv=self.kv,
+                      format=self.format, data=data)  # fmt: skip
+
+    @property
+    def scheme_text(self) -> str:
+        """As a recipe says it."""
+        return self.scheme if self.mix else str(self.schemes[0])
 
     def command(self, model: str) -> str:
         """What to type; TEXT and OUT are for the reader to fill in."""
@@ -99,21 +137,34 @@ class Target:
         words += [w for pattern, scheme in self.layers for w in ("--layer", f"{pattern}={scheme}")]
         words += [w for name in self.transforms for w in ("--transform", name)]
         words += ["--method", self.method, *(["--kv", self.kv] if self.kv else [])]
+        words += ["--format", self.format] if self.format != "auto" else []
         words += ["--data", "TEXT", "--rows", str(self.rows)] if self.needs_data else []
         return shlex.join(words)
 
     def cells(self) -> tuple[str, ...]:
         """Its row of the page that helps to choose."""
-        packed = "packed" if self.bitsandbytes else "unpacks"
-        loads = "no" if QuantScheme.parse(self.scheme).outliers else packed
+        packed = "packed" if self.hardware("transformers") else "unpacks"
+        loads = "no" if self.schemes[0].outliers else packed
         data = "yes" if self.needs_data else "no"
         return (f"`{self.name}`", self.bits, data, self.time, hardware_text(self.vllm), hardware_text(self.sglang),
-                loads, self.when)  # fmt: skip
+                hardware_text(self.llama_cpp), loads, self.when)  # fmt: skip
+
+
+def mix_bits(mix: Mix, weighted: bool) -> float:
+    """Bits per weight of a mix of llama.cpp's on Llama 3.1 8B, embedding and head included."""
+    matrices = [(role, i, shape) for i in range(REFERENCE_BLOCKS) for role, shape in REFERENCE.items()]
+    matrices += [(role, 0, shape) for role, shape in REFERENCE_ENDS.items()]
+    bits = 0
+    for role, index, shape in matrices:
+        kind, _ = mix_scheme(mix, role, index, REFERENCE_BLOCKS, shape, REFERENCE_GQA, weighted)
+        bits += QuantScheme.parse(kind).size_bits(shape)
+    return bits / sum(prod(shape) for _, _, shape in matrices)
 
 
 INT8 = ("ampere", "ada", "hopper")  # and not Blackwell: vLLM refuses int8 products there
 FP8 = ("ada", "hopper", "blackwell")
-PAGE_COLUMNS = ("recipe", "bits", "data", "time", "vLLM", "SGLang", "transformers", "when")
+EVERYWHERE = (*GPUS, "cpu", "apple")
+PAGE_COLUMNS = ("recipe", "bits", "data", "time", "vLLM", "SGLang", "llama.cpp", "transformers", "when")
 TARGETS = (
     Target("fp8-dynamic", "8 bits", "fp8-dynamic", "rtn", "the first choice from Ada on: next to no loss, fast",
            FP8, FP8),
@@ -130,6 +181,10 @@ TARGETS = (
            (*INT8, "cpu"), transforms=("smoothquant",)),
     Target("llm-int8", "8 bits", "llm-int8", "rtn", "8 bits in transformers, outlier columns of inputs in 16 bits",
            INT8, bitsandbytes=(*GPUS, "cpu")),
+    Target("gguf-q8_0", "8 bits", "q8_0", "rtn", "8 bits in llama.cpp: next to no loss", llama_cpp=EVERYWHERE),
+    Target("gguf-q6_k", "5 and 6 bits", "q6_k", "rtn", "hardly any loss at three quarters of the size of Q8_0",
+           llama_cpp=EVERYWHERE),
+    Target("gguf-q5_k_m", "5 and 6 bits", "q5_k_m", "gptq", "Q4_K_M loses a little too much", llama_cpp=EVERYWHERE),
     Target("mixed-4-8-gptq", "4 and 8 bits", "int4-g128-sym", "gptq", "4 bits lose a little too much", GPUS, GPUS,
            layers=(("*.down_proj", "int8-channel-sym"),)),
     Target("w4a16-gptq", "4-bit integers", "int4-g128-sym", "gptq", "the default at 4 bits", (*GPUS, "cpu"), GPUS),
@@ -146,6 +201,16 @@ TARGETS = (
     Target("w4a8", "4-bit integers", "w4a8", "gptq", "4-bit weights, 8-bit products of Arm CPUs", ("cpu",)),
     Target("w4a16-rtn", "4-bit integers", "int4-g128-sym", "rtn", "a first try, or a model that qtool cannot run",
            (*GPUS, "cpu"), GPUS),
+    Target("gptq-w4", "4-bit integers", "int4-g128-sym", "gptq", "w4a16-gptq for programs that read GPTQ's own format",
+           (*GPUS, "cpu"), GPUS, gptqmodel=GPUS, format="gptq"),
+    Target("awq-w4", "4-bit integers", "int4-g128-asym", "rtn", "AWQ as its own tools write it", (*GPUS, "cpu"), GPUS,
+           gptqmodel=GPUS, format="awq", transforms=("awq",)),
+    Target("gguf-q4_k_m", "4-bit integers", "q4_k_m", "gptq", "the default at 4 bits in llama.cpp",
+           llama_cpp=EVERYWHERE),
+    Target("gguf-iq4_xs", "4-bit integers", "iq4_xs", "gptq", "a tenth smaller than Q4_K_M; slower on CPUs",
+           llama_cpp=EVERYWHERE),
+    Target("gguf-q4_k_m-rtn", "4-bit integers", "q4_k_m", "rtn", "Q4_K_M without data, or from an imatrix",
+           llama_cpp=EVERYWHERE),
     Target("nf4", "4-bit integers", "nf4", "rtn", "4 bits in transformers, the base of QLoRA", INT8,
            bitsandbytes=HARDWARE),
     Target("nf4-dq", "4-bit integers", "nf4-dq", "rtn", "nf4 with scales of 8 bits", INT8, bitsandbytes=HARDWARE),
@@ -155,9 +220,12 @@ TARGETS = (
     Target("mxfp4", "4-bit floats", "mxfp4", "gptq", "the 4-bit floats of the OCP standard; newer vLLM",
            ("blackwell",)),
     Target("mxfp4a16", "4-bit floats", "mxfp4a16", "gptq", "mxfp4 for the weights alone; newer vLLM", GPUS),
+    Target("gguf-q3_k_m", "3 bits", "q3_k_m", "gptq", "4 bits do not fit in llama.cpp", llama_cpp=EVERYWHERE),
     Target("w3a16-gptaq", "3 bits", "int3-g128-sym", "gptaq", "4 bits do not fit; newer vLLM", GPUS),
     Target("w3a16-outliers", "3 bits", "int3-g64-sym+outliers-0.5%", "gptq",
            "0.5 % of the weights in 16 bits; qtool alone reads it"),
+    Target("gguf-q2_k", "2 bits", "q2_k", "gptq", "3 bits do not fit in llama.cpp: a visibly worse model",
+           llama_cpp=EVERYWHERE, rows=256),
     Target("w2a16-gptaq", "2 bits", "int2-g64-sym", "gptaq", "research; newer vLLM", GPUS, rows=256),
 )  # fmt: skip
 
@@ -178,7 +246,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recipe to take, or None when the model fits as it is; `alternatives` are those that fit as well."""
+    """The recipe to take, or None when the model fits as it is; `alternatives` are those that fit as well.
+
+    `command` is what to type; with no recipe it is None, too, or lays the model out for the engine.
+    """
 
     model: str
     recipe: str | None
@@ -206,39 +277,44 @@ def recommend(
     Raises UsageError for unknown names and for a quantized checkpoint, QtoolError where nothing runs or fits.
     """
     engine, hardware = _known(engine, hardware)
-    if open_weights(checkpoint).format:
+    if is_quantized(open_weights(checkpoint)):
         raise UsageError(f"{checkpoint.path} is already quantized", "give the model that it was made from")
     linears, kept = _tensors(checkpoint)
-    kind = checkpoint.config.get("model_type")
+    kind = checkpoint.config.get("model_type", checkpoint.config.get("gguf_architecture"))
     with_data = has_data and kind in ARCHITECTURES
     needed = None if budget_bytes is None else memory(checkpoint, context, batch)
     candidates, left_out = [], {}
-    for target in TARGETS:
-        if not _runs(target, engine, hardware) or (target.needs_data and not with_data):
+    for target in _considered(engine, hardware):
+        if target.needs_data and not with_data:
             continue
-        problem = _problem(target, linears)
-        if problem:
-            left_out[target.name] = problem
+        try:
+            weight_bytes = _weight_bytes(target, checkpoint, linears, kept)
+        except QtoolError as error:
+            left_out[target.name] = error.message.splitlines()[0]
             continue
-        weight_bytes, total, fits = _weight_bytes(target, linears, kept), None, None
+        total, fits = None, None
         if needed and budget_bytes is not None:
             total = weight_bytes + needed.kv_cache.size_bytes[target.kv or "fp16"]
             fits = total <= USABLE * budget_bytes
-        scheme = str(QuantScheme.parse(target.scheme))
         candidates.append(
-            Candidate(target.name, target.quality, scheme, target.needs_data, weight_bytes, total, fits, target.when)
-        )
+            Candidate(target.name, target.quality, target.scheme_text, target.needs_data, weight_bytes, total, fits,
+                      target.when)
+        )  # fmt: skip
     considered = "what " + ("" if with_data else "needs no data and ") + f"runs {_where(engine, hardware)}"
     if not candidates:
         why = next((f" for this model: {name}: {problem}" for name, problem in left_out.items()), "")
         raise QtoolError(f"no recipe is {considered}{why}", "leave out --engine or --hardware to see what there is")
     reasons = [f"considered: {considered}" + ("" if hardware else "; name yours with --hardware")]
+    if not engine and hardware not in AT_HOME:
+        reasons.append(f"for GGUF files (llama.cpp, Ollama, LM Studio) add `--engine {LLAMA_CPP}`")
     if has_data and not with_data:
         reasons.append(
             f"qtool cannot run models of architecture `{kind}`, so only recipes without data were considered"
         )
     if engine in ("transformers", "bitsandbytes"):
-        reasons.append("transformers keeps bitsandbytes packed, and unpacks all else to 16 bits")
+        reasons.append(
+            "transformers keeps bitsandbytes packed, and GPTQ and AWQ with gptqmodel; it unpacks all else to 16 bits"
+        )
     chosen: str | None = candidates[0].recipe
     if needed and budget_bytes is not None:
         reason, chosen = _by_memory(candidates, needed, budget_bytes, considered)
@@ -253,6 +329,11 @@ def recommend(
         reasons.append(f"{chosen}: {target.when}")
         if target.needs_data:
             reasons.append(f"it needs data: {target.rows} rows of text like what the model will see")
+        if target.mix:
+            reasons += GGUFModel.of_config(checkpoint.config).notes
+    elif engine == LLAMA_CPP:
+        command = _unrounded(checkpoint, linears)
+        reasons.append(f"{LLAMA_CPP} loads GGUF files only: the command makes one of the same weights")
     others = [c.recipe for c in candidates if c.recipe != chosen and c.fits is not False]
     return Recommendation(str(checkpoint.path), chosen, command, reasons, others, candidates, left_out)
 
@@ -286,7 +367,8 @@ def recommendation_view(found: Recommendation) -> View:
         )
         for c in sorted(shown, key=lambda c: c.recipe != found.recipe)
     ]
-    view: View = [f"{found.model}: {found.recipe or 'leave it as it is'}", *(f"- {reason}" for reason in found.reasons)]
+    leave = "leave it in 16 bits" if found.command else "leave it as it is"
+    view: View = [f"{found.model}: {found.recipe or leave}", *(f"- {reason}" for reason in found.reasons)]
     view.append(Table(("recipe", "class", ">weights", ">with cache", "data", "when"), rows[:SHOWN]))
     if len(rows) > SHOWN:
         view.append(f"... and {len(rows) - SHOWN} more in --json")
@@ -299,9 +381,10 @@ def recommendation_view(found: Recommendation) -> View:
 def _known(engine: str | None, hardware: str | None) -> tuple[str | None, str | None]:
     """The names as the table spells them."""
     if engine is not None:
-        engine = engine.lower()
+        given = re.sub(r"[\s_-]", "", engine.lower())
+        engine = BUILT_ON.get(given, LLAMA_CPP if given == "llamacpp" else given)
         if engine not in ENGINES:
-            raise unknown("engine", engine, ENGINES)
+            raise unknown("engine", engine, [*ENGINES, *BUILT_ON])
     if hardware is not None:
         given = re.sub(r"[\s_-]|nvidia|geforce", "", hardware.lower())
         hardware = CARDS.get(given) or CARDS.get(f"rtx{given}", given)
@@ -310,10 +393,17 @@ def _known(engine: str | None, hardware: str | None) -> tuple[str | None, str | 
     return engine, hardware
 
 
-def _runs(target: Target, engine: str | None, hardware: str | None) -> bool:
-    """Whether an engine has kernels for it; hardware that nobody named is every GPU."""
+def _considered(engine: str | None, hardware: str | None) -> list[Target]:
+    """What an engine has kernels for, by falling quality; hardware that nobody named is every GPU.
+
+    Without an engine, GGUF files are considered where llama.cpp is at home: there they come first in their class.
+    """
     wanted = {hardware} if hardware else set(GPUS)
-    return any(wanted <= set(target.hardware(name)) for name in ([engine] if engine else ENGINES))
+    engines = [engine] if engine else [name for name in ENGINES if name != LLAMA_CPP or hardware in AT_HOME]
+    found = [target for target in TARGETS if any(wanted <= set(target.hardware(name)) for name in engines)]
+    if engine is None and hardware in AT_HOME:
+        found.sort(key=lambda target: (CLASSES.index(target.quality), target.mix is None))
+    return found
 
 
 def _where(engine: str | None, hardware: str | None) -> str:
@@ -338,25 +428,51 @@ def _scheme_of(target: Target, module: str) -> QuantScheme:
     return QuantScheme.parse(fitting[-1] if fitting else target.scheme)
 
 
-def _problem(target: Target, linears: list[Linear]) -> str | None:
-    """Why the model cannot take it, or None."""
+def _weight_bytes(target: Target, checkpoint: Checkpoint, linears: list[Linear], kept: list[Kept]) -> int:
+    """All tensors, without the padding that a format may add. Raises QtoolError where the model cannot take it."""
+    if target.mix:
+        return _mix_bytes(target, target.mix, checkpoint)
     for pattern, _ in target.layers:
         if not any(matches(linear.module, pattern) for linear in linears):
-            return f"no layer is called `{pattern}`"
-    for linear in linears:
-        error = _scheme_of(target, linear.module).shape_error(linear.shape)
-        if error:
-            return f"`{linear.module}`: {error}"
-    return None
-
-
-def _weight_bytes(target: Target, linears: list[Linear], kept: list[Kept]) -> int:
-    """All tensors, without the padding that a format may add."""
+            raise UsageError(f"no layer is called `{pattern}`")
+    format = get_format(target.format) if target.format != "auto" else None
     rounded = 0
-    for linear in linears:
-        scale_bits = DTYPE_BITS[scale_dtype(linear.source.dtype)]
-        rounded += ceil(_scheme_of(target, linear.module).size_bits(linear.shape, scale_bits) / 8)
+    for linear in (replace(linear, scheme=_scheme_of(target, linear.module)) for linear in linears):
+        error = linear.scheme.shape_error(linear.shape)
+        if format and not error:
+            error = format.problem(linear.scheme, linear.shape)
+            if linear.transposed:
+                error = f"it is stored [in, out], which readers of {format.name} do not know"
+        if error:
+            raise UsageError(f"`{linear.module}`: {error}")
+        if format:
+            rounded += sum(info.size_bytes for info in format.tensors(linear))
+        else:
+            scale_bits = DTYPE_BITS[scale_dtype(linear.source.dtype)]
+            rounded += ceil(linear.scheme.size_bits(linear.shape, scale_bits) / 8)
     return rounded + sum(k.source.size_bytes for k in kept)
+
+
+def _mix_bytes(target: Target, mix: Mix, checkpoint: Checkpoint) -> int:
+    """The tensors of a GGUF file. Raises QtoolError for what llama.cpp cannot load."""
+    container = GGUFContainer(GGUFModel.of_config(checkpoint.config), {}, {})
+    mixed = _Mixed(mix, container, checkpoint.config, checkpoint.tensors, target.needs_data)
+    ignore = tuple(pattern for pattern in DEFAULT_IGNORE if pattern not in EMBEDDINGS)
+    plan = make_plan(
+        checkpoint.tensors,
+        replace(target.recipe(), ignore=ignore),
+        get_format("gguf").tensors,
+        scheme_of=mixed.scheme_of,
+        stored=container.stored,
+        files=container.files,
+    )
+    return plan.size_bytes
+
+
+def _unrounded(checkpoint: Checkpoint, linears: list[Linear]) -> str:
+    """What to type for a GGUF file in the type of the weights."""
+    scheme = linears[0].source.dtype.lower()
+    return shlex.join(["qtool", "quantize", str(checkpoint.path), "-o", "OUT", "--scheme", scheme, "--method", "rtn"])
 
 
 def _by_memory(

@@ -216,7 +216,7 @@ DAMAGES = {
     "other blocks": ("nf4", put(f"a.b.{STATE}", spelled(WRONG_BLOCKS)), "a scale for 128 weights"),
     "broken blocks": ("nf4", put(f"a.b.{STATE}", spelled(WRONG_SHAPE)), "100 inputs are not a multiple of 64"),
     "two types": ("nf4", put(f"a.b.{STATE}".replace("nf4", "fp4"), spelled(FP4)), "said to be fp4 and nf4"),
-    "a long text": ("nf4", put(f"a.b.{STATE}", spelled("[" * 5000)), "5000 bytes"),
+    "a long text": ("nf4", put(f"a.b.{STATE}", spelled("[" * 5000)), "is U8, 5000 bytes"),
     "a deep text": ("nf4", put(f"a.b.{STATE}", spelled("[" * 4000)), f"a.b.{STATE}"),
     "no offset": ("fp4-dq", put(f"a.b.{STATE}".replace("nf4", "fp4"), spelled(NO_OFFSET)), "impossible offset"),
     "other values": ("fp4", put("a.b.weight.quant_map", torch.ones(16)), "has other values"),

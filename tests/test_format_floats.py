@@ -63,7 +63,7 @@ OWN_ONLY = [
     "fp8-e5m2-tensor", "fp8-e5m2-channel+fp8-e4m3-tensor", "fp8-e5m2-block", "int3-g16-sym+outliers-3%",
     "int4-channel-asym+outliers-0.5%", "int8-tensor-sym+int8-tensor+outliers-20%", "nf4+int8-tensor",
 ]  # fmt: skip
-OF_BITSANDBYTES = ["nf4", "nf4-dq", "llm-int8"]
+OF_BITSANDBYTES = ["nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8"]
 
 
 def any_qtensor(text: str, out: int, inputs: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> QTensor:
@@ -88,11 +88,11 @@ def any_qtensor(text: str, out: int, inputs: int, seed: int = 0, dtype: torch.dt
         params = GridParams((scale * 1e4).clamp(max=448).to(torch.float8_e4m3fn), None, torch.tensor([2688 / 3.1]))
     elif kind.startswith("mx"):
         params = GridParams(torch.randint(100, 140, scale.shape, generator=generator, dtype=torch.uint8))
-    elif kind == "nf4":
+    elif kind in ("nf4", "fp4"):
         params = GridParams(scale)
     elif kind == "llm-int8":
         params = GridParams(scale * 127 / 127)
-    elif kind == "nf4-dq":
+    elif kind.endswith("-dq"):
         nested = torch.randint(0, 256, scale.shape, generator=generator, dtype=torch.uint8)
         maxima = torch.rand(ceil(scale.numel() / 256), generator=generator)
         params = GridParams(nested, None, maxima, torch.rand(1, generator=generator))

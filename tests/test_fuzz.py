@@ -12,6 +12,8 @@ import math
 import random
 import resource
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,6 +26,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from qtool.cli import run
 from qtool.errors import QtoolError
 from qtool.evaluation.describe import describe
 from qtool.formats import FORMATS, READ_ONLY, get_format
@@ -39,7 +42,7 @@ from qtool.scheme import EXAMPLES, KV_SCHEMES, QuantScheme
 FILE, MODULE, BLOCK = "model.safetensors", "model.layers.0.mlp.up_proj", "model.layers.0"
 SHAPE = (64, 256)
 MOST_SECONDS, MOST_BYTES = 2.0, 200e6
-SAMPLE = 60  # damages of a kind that the fast suite tries, of those that the slow one does
+SAMPLE = 25  # damages of a kind that are tried of each case, but for one case per format in the slow suite
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8,
@@ -300,7 +303,10 @@ ODD: list[Any] = [
 
 def changed_config(files: Files) -> Damages:
     config = json.loads(files["config.json"])
+    whole = not config.get("quantization_config")
     for path in paths(config):
+        if not whole and path[0] != "quantization_config":
+            continue
         for value in ODD:
             changed = copy.deepcopy(config)
             place = changed
@@ -342,6 +348,19 @@ def changed_index(files: Files) -> Damages:
         yield f"index {text[:9]!r}", {**files, INDEX: text}
 
 
+def changed_gguf(files: Files, name: str) -> Damages:
+    data, chance = files[name], random.Random(2)
+    for length in (0, 3, 4, 8, 23, 24, 100, 5000, len(data) // 2, len(data) - 1):
+        yield f"{length} of {len(data)} bytes", {name: data[:length]}
+    for count in (2**31, 2**32, 2**63 - 1, 2**64 - 1):
+        for place in (8, 16):  # tensors and metadata
+            yield f"{count} at {place}", {name: data[:place] + struct.pack("<Q", count) + data[place + 8 :]}
+    for _ in range(300):
+        place, flipped = chance.randrange(min(20000, len(data))), bytearray(data)
+        flipped[place] ^= 1 << chance.randrange(8)
+        yield f"bit at {place}", {name: bytes(flipped)}
+
+
 FILE_DAMAGES = {"bytes": changed_bytes, "fields": changed_fields, "tensors": changed_tensors, "config": changed_config}
 
 
@@ -365,7 +384,85 @@ def test_damage(tmp_path: Path, case: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", FILE_DAMAGES)
 @pytest.mark.parametrize("case", SOUND)
 def test_damage_thoroughly(tmp_path: Path, case: str, kind: str) -> None:
-    check(tmp_path / "m", FILE_DAMAGES[kind](SOUND[case]), thorough=True)
+    check(tmp_path / "m", FILE_DAMAGES[kind](SOUND[case]), thorough=case in one_of_each_format(), seed=1)
+
+
+def test_damaged_gguf(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    out = tmp_path / "out"
+    scheme = ["--format", "gguf", "--method", "rtn", "--scheme", "q8_0"]
+    assert run(["quantize", str(make_model()), "-o", str(out), *scheme, "-q"]) == 0
+    (path,) = out.glob("*.gguf")
+    files = {path.name: path.read_bytes()}
+    assert probe(put(tmp_path / "m", files)) == []
+    check(tmp_path / "m", changed_gguf(files, path.name), thorough=False)
+
+
+@pytest.mark.parametrize("case", one_of_each_format())
+def test_the_command_line_says_it_in_one_line(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files, text = SOUND[case], tmp_path / "text.txt"
+    text.write_text("a text")
+    tensors = load(files[FILE])
+    packed = max((name for name in tensors if name.startswith(MODULE)), key=lambda name: tensors[name].numel())
+    damaged = {
+        "half": {**files, FILE: files[FILE][: len(files[FILE]) // 2]},
+        "long": {**files, FILE: struct.pack("<Q", 2**63) + files[FILE][8:]},
+        "flat": {**files, FILE: save({**tensors, packed: tensors[packed].reshape(-1)[:5].clone()})},
+        "words": {**files, "config.json": json.dumps({**CONFIG, "quantization_config": "x"}).encode()},
+        "deep": {**files, "config.json": b"[" * 100000},
+    }
+    if case == "dense":
+        del damaged["flat"]
+    for what, changed in damaged.items():
+        path = put(tmp_path / "m", changed)
+        for command in (["inspect", path], ["eval-ppl", path, "--dry-run", "--data", text]):
+            capsys.readouterr()
+            code = run([str(argument) for argument in command])
+            out, err = capsys.readouterr()
+            said = [line for line in err.splitlines() if line and not line.startswith("hint: ")]
+            assert (out, code in (1, 2), len(said)) == ("", True, 1), f"{what}: {code}, {out[:80]}, {err}"
+            assert said[0].startswith("error: "), what
+            assert "the traceback is shown with -v" not in err, what
+
+
+OPEN = """
+import resource, sys, time
+from pathlib import Path
+import numpy, safetensors
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import QtoolError
+
+for path in map(Path, sys.argv[1:]):
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    try:
+        Checkpoint(path)
+    except QtoolError as error:
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        print(error.message, time.perf_counter() - start, grown, sep="|")
+"""
+
+
+def test_headers_of_90_megabytes(tmp_path: Path) -> None:
+    size = 90_000_000
+    entry = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    junk = {
+        "brackets": b"[" * size,
+        "text": b'{"a":"' + b"x" * size + b'"}',
+        "shape": b'{"a":' + entry.replace(b"[0]", b"[" + b"1," * (size // 2) + b"0]") + b"}",
+        "tensors": b"{" + b",".join(b'"%d":%b' % (i, entry) for i in range(size // 60)) + b"}",
+    }
+    files = []
+    for what, header in junk.items():
+        files.append(tmp_path / f"{what}.safetensors")
+        files[-1].write_bytes(struct.pack("<Q", len(header)) + header)
+    command = [sys.executable, "-c", OPEN, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(junk), done.stderr
+    for line in lines:
+        message, seconds, grown = line.split("|")
+        assert "safetensors" in message
+        assert float(seconds) < MOST_SECONDS, line
+        assert float(grown) < MOST_BYTES, line
 
 
 def test_damaged_indices(tmp_path: Path) -> None:

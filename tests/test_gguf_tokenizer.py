@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qtool.errors import QtoolError, UsageError
 from qtool.gguf.file import Metadata
-from qtool.gguf.merges import LONGEST_TOKEN, merges_of_scores
+from qtool.gguf.merges import LONGEST_TOKEN, merges_of_scores, scores_of
 from qtool.gguf.pretokenizers import DIGIT, GPT2, LLAMA3, PRETOKENIZERS, QWEN2, SPELLED_OUT, pre_of
 from qtool.gguf.tokenizer import (
     BYTE,
@@ -388,12 +388,14 @@ def test_added_spaces(tmp_path: Path) -> None:
     gemma.add_tokens(
         [AddedToken("▁▁", special=False, normalized=False), AddedToken("\n\n", special=False, normalized=False)]
     )
+    gemma.add_tokens([AddedToken("▁" * 7, special=False, normalized=True)])
     neox = byte_level(gpt2())
     neox.add_tokens([AddedToken(" " * i, special=False, normalized=True) for i in (2, 3, 4, 8)])
     for name, tokenizer in {"gemma": gemma, "neox": neox}.items():
         folder = tmp_path / name
         source = saved(tokenizer, folder)
         metadata = tokenizer_metadata(folder, len(source))
+        assert (" " * 7 in metadata["tokenizer.ggml.tokens"]) == (name == "gemma")
         texts = [text for text in TEXTS + FUZZ if "▁" not in text]  # that character itself only finds Gemma's in HF
         texts += [f"a{' ' * i}b\n\n\n\nc" for i in range(20)]
         assert different(ids(source), ids(tokenizer_of(metadata)), texts) == []
@@ -481,12 +483,23 @@ def test_an_unknown_regex_is_an_error(tmp_path: Path) -> None:
         tokenizer_metadata(tmp_path, 1000)
 
 
+def with_a_whole_word(kind: str) -> Tokenizer:
+    """With a token that no merges make."""
+    return changed(kind, lambda spec: spec["model"]["vocab"].update(zzzunreachable=900))
+
+
+def test_skipping_merges(tmp_path: Path) -> None:
+    source = saved(with_a_whole_word("llama-3"), tmp_path)
+    metadata = tokenizer_metadata(tmp_path, 1000)
+    texts = ["zzzunreachable", "a zzzunreachable", "\nzzzunreachable zzz"]
+    assert source("zzzunreachable")["input_ids"] == [1, 900]
+    assert different(ids(source), ids(tokenizer_of(metadata)), texts) == []
+    assert different(ids(source), functools.partial(ids_of, in_llama(metadata, tmp_path)), texts) == []
+
+
 def test_skipping_merges_where_llama_cpp_does_not(tmp_path: Path) -> None:
     """Only an error where a token can be had in no other way."""
-    tokenizer = changed(
-        "qwen2 removing", lambda spec: spec["model"]["vocab"].update(zzzunreachable=len(spec["model"]["vocab"]) + 1)
-    )
-    saved(tokenizer, tmp_path)
+    saved(with_a_whole_word("qwen2 removing"), tmp_path)
     with pytest.raises(UsageError, match="ignore_merges"):
         tokenizer_metadata(tmp_path, 1000)
 
@@ -610,6 +623,12 @@ def test_a_first_token_that_there_is_not(tmp_path: Path) -> None:
     del metadata["tokenizer.ggml.bos_token_id"]
     with pytest.raises(QtoolError, match="bos_token_id"):
         tokenizer_of(metadata)
+
+
+def test_the_first_merge_to_a_token_counts() -> None:
+    merges = [("a", "a"), ("aa", "a"), ("b", "b"), ("a", "aa")]
+    assert scores_of(merges, ["aaa", "bb", "aa", "b"]) == [-1.0, -2.0, 0.0, -4.0]
+    assert merges_of_scores({"aaa": 1.0, "aa": 0.0, "a": 2.0}) == [("aa", "a"), ("a", "aa"), ("a", "a")]
 
 
 def test_a_token_too_long_to_take_apart() -> None:

@@ -18,7 +18,7 @@ from qtool.scheme import QuantScheme
 
 SCHEMES = [
     "fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block", "fp8-e5m2-tensor", "fp8-e5m2-channel", "nvfp4a16",
-    "mxfp4a16", "mxfp8a16", "nf4", "nf4-dq", "llm-int8",
+    "mxfp4a16", "mxfp8a16", "nf4", "nf4-dq", "fp4", "fp4-dq", "llm-int8",
 ]  # fmt: skip
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -43,6 +43,8 @@ def values_of(scheme: str) -> Tensor:
         return torch.tensor([s * v for v in E2M1 for s in (1, -1)])
     if scheme == "llm-int8":
         return torch.arange(-127, 128).float()
+    if scheme.startswith("fp4"):
+        return torch.tensor([sign * v for v in (0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1) for sign in (1, -1)])
     if scheme.startswith("nf4"):
         probabilities = torch.linspace(0.9677083, 0.5, 9)[:-1], torch.linspace(0.9677083, 0.5, 8)[:-1]
         normal = torch.distributions.Normal(0.0, 1.0)
@@ -61,7 +63,7 @@ def naive_scales(grid: Grid, weight: Tensor, quantized: QTensor) -> Tensor:
         scale = scale.float() / params.super_scale
     elif kind.startswith("mx"):
         scale = 2.0 ** (scale.double() - 127).float()
-    elif kind == "nf4-dq":
+    elif kind.endswith("-dq"):
         flat = dynamic_map()[scale.flatten().long()].clone()
         for i in range(len(flat)):
             flat[i] = flat[i] * params.super_scale[i // 256] + params.super_zero[0]
@@ -102,7 +104,7 @@ def test_the_search_is_never_worse_than_the_range(scheme: str) -> None:
             squares = (back - weight).double().square()
             return float((squares if importance_I is None else squares * importance_I).sum())
 
-        slack = 1.02 if scheme == "nf4-dq" else 1 + 1e-6  # the second level is rounded after the search
+        slack = 1.02 if scheme.endswith("-dq") else 1 + 1e-6  # the second level is rounded after the search
         assert error(True, None) <= error(False, None) * slack
         assert error(True, importance) <= error(False, importance) * slack
 

@@ -335,8 +335,8 @@ COMPARISON = """\
 MODEL against BASE
 
 1 of 2 tensors differs, worst first
-tensor    stored as  SQNR dB  relative  mean error  max error
-a.weight  F32          20.00   10.000%       0.025        0.1
+tensor    stored as  base  SQNR dB  relative  mean error  max error
+a.weight  F32        F32     20.00   10.000%       0.025        0.1
 
 all compared tensors together: SQNR 26.02 dB, relative error 5.000%
 identical: 1 of 2

@@ -31,15 +31,15 @@ from qtool.scheme import QuantScheme
 
 COMPRESSED = ["w8a8", "w8a8-static", "w4a8-g32", "int4-g32-asym", "int8-tensor-sym+int8-token", "fp8", "fp8-dynamic",
               "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "mxfp8a16"]  # fmt: skip
-BITSANDBYTES = ["nf4", "nf4-dq", "llm-int8"]
+BITSANDBYTES = ["nf4", "nf4-dq", "fp4-dq", "llm-int8"]
 OWN = ["fp8-e5m2-channel", "int3-g64-sym+outliers-1%"]
 ALL = [*COMPRESSED, *BITSANDBYTES, *OWN]
 STATIC = ("w8a8-static", "fp8", "nvfp4")
 NAME = "model.layers.1.mlp.up_proj"
 # Beside codes, scales and outliers: what a format adds, and fixed scales of inputs.
-ADDED = ("weight_shape", "quant_map", "quant_state.bitsandbytes__nf4", "weight_format", "input_scale",
+ADDED = ("weight_shape", "quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4", "weight_format", "input_scale",
          "input_global_scale")  # fmt: skip
-SMALL_VALUES = ("weight_shape", "quant_state.bitsandbytes__nf4")  # all that may be read besides headers
+SMALL_VALUES = ("weight_shape", "bitsandbytes__nf4", "bitsandbytes__fp4")  # all that may be read besides headers
 
 Make = Callable[..., Path]
 
@@ -119,7 +119,7 @@ def test_overview_counts_what_lies_in_the_files(made: Make, reads: list[str], sc
     needed = 8 * sum(p.size_bytes for p in parts if not p.name.endswith(ADDED))
     if scheme == "w4a8-g32":  # a byte for each code
         needed -= 4 * weights
-    elif scheme == "nf4-dq":  # the offset is among the tensor that describes the weight
+    elif scheme.endswith("-dq"):  # the offset is among the tensor that describes the weight
         needed += 14 * 32
     assert use.bits_per_weight == pytest.approx(needed / weights, abs=1e-12)
     assert found.size_bytes == checkpoint.size_bytes

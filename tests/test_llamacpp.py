@@ -34,16 +34,16 @@ from qtool.models.blockwise import BlockModel
 from qtool.pipeline import RunOptions, quantize
 from qtool.recipe import DataSpec, build
 from tests.conftest import MakeModel
-from tests.test_gguf_model import CASES, distance, llama_logits, load, logits_of
+from tests.test_gguf_model import CASES, llama_logits, load, logits_of
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: `make test-consumers`")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llama"
 HEADS, KV_HEADS, BLOCKS = 8, 4, 4  # of the example
-# Root mean square of the difference over that of the logits, where inputs are rounded: measured 0.007 to 0.012 with
-# blocks. A single block type with its low and high nibbles swapped, in all matrices, gives more than 0.5.
-LOOSE = {"f32": 1e-5, "f16": 1e-3, "bf16": 5e-3}
-BLOCKS_LOOSE = 0.02
+# Most that logits may differ, root mean square over that of the logits: where weights lie in blocks, rounded inputs make
+# 0.006 to 0.019 of it. Swapped nibbles make 0.04 to 0.2 in one matrix of the example, and 0.5 to 1.5 in all.
+MOST = {"f32": 1e-5, "f16": 1e-3, "bf16": 5e-3}
+MOST_IN_BLOCKS = 0.03
 ROWS = torch.randint(2, 2048, (1, 64), generator=torch.Generator().manual_seed(1))
 QUICK = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 MESSAGES = [
@@ -123,7 +123,7 @@ every_mix = pytest.mark.parametrize(
 def test_llama_cpp_computes_what_our_reader_does(mix: str, make_gguf: MakeGGUF) -> None:
     path = make_gguf(mix)
     found, wanted = llama_logits(path, ROWS), our_logits(path, ROWS)
-    assert relative_rms(found, wanted) < LOOSE.get(mix, BLOCKS_LOOSE), (found - wanted).abs().max()
+    assert relative_rms(found, wanted) < MOST.get(mix, MOST_IN_BLOCKS), (found - wanted).abs().max()
 
 
 @every_mix
@@ -153,7 +153,7 @@ def test_gptq_in_k_quants(make_gguf: MakeGGUF) -> None:
     for mix in ("q4_k_s", "q3_k_m"):
         path = make_gguf(mix, method="gptq", data=data)
         found, wanted = llama_logits(path, ROWS), our_logits(path, ROWS)
-        assert relative_rms(found, wanted) < BLOCKS_LOOSE
+        assert relative_rms(found, wanted) < MOST_IN_BLOCKS
         assert relative_rms(wanted, exact) < relative_rms(our_logits(make_gguf(mix), ROWS), exact)
 
 
@@ -231,9 +231,9 @@ def test_every_architecture(kind: str, scheme: str, make_model: MakeModel, make_
     path = make_gguf(scheme, folder)
     rows = ROWS % 300
     found, wanted = llama_logits(path, rows), logits_of(with_weights(folder, path), rows)
-    print(kind, scheme, relative_rms(found, wanted), distance(found, wanted))
     has_gelu = name in ("gemma2", "gemma3_text", "gpt_neox")
-    assert relative_rms(found, wanted) < (2e-3 if has_gelu and scheme == "f32" else LOOSE.get(scheme, BLOCKS_LOOSE))
+    most = 1e-3 if has_gelu and scheme == "f32" else MOST.get(scheme, MOST_IN_BLOCKS)
+    assert relative_rms(found, wanted) < most, (found - wanted).abs().max()
 
 
 # --- an imatrix ---------------------------------------------------------------------------------------------------

@@ -31,16 +31,20 @@ class Tokenizer:
     """A model's tokenizer: ids with BOS where the model expects it, and no EOS."""
 
     def __init__(self, root: Path, vocabulary: int) -> None:
+        self.home = root
         try:
             self.inner: Any = load_tokenizer(root)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # tokenizers raises nothing more exact for a damaged tokenizer.json
+            if isinstance(error, QtoolError):
+                raise
             raise QtoolError(
                 f"{root} has no tokenizer that transformers can load: {' '.join(str(error).split())[:200]}",
                 "copy the model's tokenizer files beside its weights",
             ) from None
-        if len(self.inner) > vocabulary:
+        tokens = self.inner.vocab_size  # of added ones Gemma 3 has one more than its embedding
+        if tokens > vocabulary:
             raise QtoolError(
-                f"the tokenizer in {root} has {len(self.inner)} tokens, but the model's embedding {vocabulary} rows",
+                f"the tokenizer in {root} has {tokens} tokens, but the model's embedding {vocabulary} rows",
                 "copy the tokenizer files that came with the model",
             )
         self.name = f"{type(self.inner).__name__} ({len(self.inner)} tokens)"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 1000
+MOST_HEADER_BYTES = 1 << 24  # of one file: about 100 thousand tensors
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def _weight_files(root: Path) -> tuple[list[str], dict[str, str]]:
             raise QtoolError(f"{root / INDEX} has no `weight_map` of tensor names to files")
         files = sorted(set(weight_map.values()))
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
+            plain = Path(file).name == file and file.isprintable() and len(file) < 256
+            if not plain or not file.endswith(".safetensors"):
                 raise QtoolError(
                     f"{root / INDEX} names `{shown(file)}`, which is not a safetensors file of this folder"
                 )
@@ -210,6 +212,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_header(path: Path) -> Iterator[TensorInfo]:
     from safetensors import SafetensorError, safe_open
 
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if MOST_HEADER_BYTES < header_bytes < path.stat().st_size:
+        raise QtoolError(f"{path} has a header of {header_bytes} bytes: at most {MOST_HEADER_BYTES} are read")
     try:
         with safe_open(path, framework="np") as handle:
             for name in handle.offset_keys():
@@ -220,6 +226,6 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
                 yield TensorInfo(name, tensor.get_dtype(), tuple(tensor.get_shape()), path.name)
     except (SafetensorError, OSError) as error:
         raise QtoolError(
-            f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {error}",
+            f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {shown(error)}",
             "download the file again",
         ) from None

@@ -53,6 +53,10 @@ class Container(Protocol):
         """A tensor as it lies there."""
         ...
 
+    def decode(self, name: str, tensor: Tensor) -> Tensor:
+        """What a reader makes of a tensor that lies there: the inverse of `encode`, up to rounding."""
+        ...
+
     def lay_out(self, tensors: list[TensorInfo]) -> FileLayout:
         """One file with these tensors."""
         ...
@@ -84,6 +88,8 @@ class Safetensors:
 
     def encode(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
+
+    decode = encode
 
     def lay_out(self, tensors: list[TensorInfo]) -> FileLayout:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -16,6 +16,7 @@ from qtool.evaluation.protocols import EvalRows, eval_rows, scored_bytes
 from qtool.evaluation.statistics import Estimate
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import open_checkpoint
+from qtool.gguf.tokenizer import same_vocabulary
 from qtool.memory import return_freed_memory
 from qtool.models.blockwise import BlockModel, pick_device
 from qtool.recipe import EvalSpec
@@ -91,16 +92,11 @@ def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, pr
     if base_path:
         base = _open(base_path, target)
         base_tokenizer = Tokenizer(base.home, base.config.vocab_size)
-        if base_tokenizer.sha256 != tokenizer.sha256:
-            raise UsageError(f"{path} and {base_path} have different tokenizers: their tokens cannot be compared")
+        tokenizer = _common(tokenizer, base_tokenizer)
         if base.config.vocab_size != model.config.vocab_size:
             raise UsageError(f"{path} predicts {model.config.vocab_size} tokens, {base_path} {base.config.vocab_size}")
         context = min(context, base.context)
     rows = eval_rows(spec, tokenizer, context)
-    if base and base.home.suffix != model.home.suffix:  # one of them was put together from the keys of a GGUF file
-        base_rows = eval_rows(spec, Tokenizer(base.home, base.config.vocab_size), context)
-        if base_rows.sha256 != rows.sha256:
-            raise UsageError(f"the tokenizers of {path} and {base_path} make different tokens of {spec.data.source}")
     losses = token_losses(model, base, rows, progress)
     size = sum(scored_bytes(row, first, tokenizer) for row, first in zip(rows.rows, rows.first_scored, strict=True))
     return Evaluation(
@@ -120,6 +116,17 @@ def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, pr
         peak_memory_bytes=peak_memory_bytes(),
         comparison=_compare(str(base_path), losses, rows, tokenizer) if base_path else None,
     )
+
+
+def _common(tokenizer: Tokenizer, base: Tokenizer) -> Tokenizer:
+    """The tokenizer for both models; beside a GGUF file's, put together from its keys, that of the files themselves.
+
+    Raises UsageError where the same token stands for other text.
+    """
+    of_file, of_base = tokenizer.home.is_file(), base.home.is_file()
+    if tokenizer.sha256 != base.sha256 and not ((of_file or of_base) and same_vocabulary(tokenizer.inner, base.inner)):
+        raise UsageError(f"{tokenizer.home} and {base.home} have different tokenizers: their tokens cannot be compared")
+    return base if of_file else tokenizer
 
 
 def _open(path: Path, device: Any) -> BlockModel:

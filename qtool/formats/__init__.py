@@ -100,6 +100,10 @@ class Format(Protocol):
         """JSON files beside config.json that repeat its entry, by name."""
         return {}
 
+    def version_of(self, config: dict[str, Any]) -> Format:
+        """The version of this format in which a checkpoint with this entry in config.json is."""
+        return self
+
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         """Scheme and shape [out, in] of each quantized module of a checkpoint in this format."""
         ...

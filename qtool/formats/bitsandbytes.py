@@ -138,8 +138,9 @@ class BitsAndBytes(Format):
             shape = header(checkpoint, module, WEIGHT, SCB, 2).shape
         else:
             info = header(checkpoint, module, _state(scheme), WEIGHT, 1)
-            if info.size_bytes > LONGEST_STATE:
-                raise QtoolError(f"`{info.name}` in {checkpoint.path} has {info.size_bytes} bytes: it is no short JSON")
+            if info.dtype != "U8" or info.size_bytes > LONGEST_STATE:
+                there = f"{info.dtype}, {info.size_bytes} bytes"
+                raise QtoolError(f"`{info.name}` in {checkpoint.path} is {there}, not U8 of at most {LONGEST_STATE}")
             shape, _ = _read_state(read_json(checkpoint, info.name), info.name, scheme)
         free = [module + state for state in STATES.values()]  # of any length
         if module + WEIGHT_FORMAT not in checkpoint.tensors:  # older versions leave it out

@@ -35,12 +35,10 @@ def relaid_scheme(scheme: QuantScheme, shape: tuple[int, ...], format: Format) -
 def relay(module: str, weight: QTensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> QTensor:
     """The same values under an equivalent scheme. Raises QtoolError naming what would be lost."""
     params, source = weight.params, weight.scheme
+    if weight.group_of is not None:
+        raise QtoolError(f"`{module}` has its columns in groups of their own (act-order), which are not written", HINT)
     if source == scheme and (scheme.kind != "int" or params.scale.dtype == scale_dtype):
         return weight
-    if weight.group_of is not None:
-        raise QtoolError(
-            f"`{module}` has its columns in groups by activation (act-order), which {scheme} cannot say", HINT
-        )
     scale, zero = params.scale, _zero(weight)
     groups = scheme.groups(weight.codes.shape[1]) if scheme.granularity == "group" else scale.shape[1]
     scale = _exact(module, scale.repeat_interleave(groups // scale.shape[1], 1), scale_dtype)

@@ -167,7 +167,9 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
     if found is None:
         known = ", ".join(name for name in [*FORMATS, *READ_ONLY] if reader_of(name))
         raise QtoolError(f"{checkpoint.path} is quantized as `{method}`; qtool reads: {known}")
-    return found
+    if not isinstance(config, dict):
+        raise QtoolError(f"the quantization_config of {checkpoint.path} is `{config}`, not an object")
+    return found.version_of(config)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

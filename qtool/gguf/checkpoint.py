@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError
 from qtool.gguf.architectures import ARCHITECTURES
+from qtool.gguf.container import decode
 from qtool.gguf.file import PART, GGUFFile
 from qtool.gguf.model import GGUFModel, config_of
 from qtool.gguf.rope import TENSORS as FACTORS
@@ -52,12 +52,10 @@ class GGUFCheckpoint(Checkpoint):
         self.config = {**self.config, "quantization_config": QUANTIZATION}
         self.tensors: dict[str, TensorInfo] = {}
         self.kinds: dict[str, str] = {}
-        self._names: dict[str, str] = {}  # in the file, by that in `tensors`
         for tensor in self.file.tensors.values():
             name = self.model.hf_name(tensor.name) if self.model else tensor.name
             if name is None:  # factors of the rotary embedding: the config has them
                 continue
-            self._names[name] = tensor.name
             self.tensors[name] = TensorInfo(name, tensor.info.dtype, tensor.info.shape, tensor.file)
             if tensor.kind not in FLOATS:
                 self.kinds[name] = tensor.kind
@@ -73,21 +71,15 @@ class GGUFCheckpoint(Checkpoint):
 
     def borrow(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors as Hugging Face has them, also the rows of those in blocks; with no copy where that is possible."""
-        import torch
-
         for name, tensor in self.borrow_stored(names):
-            if self.model:
-                order = self.model.row_order(name, prod(tensor.shape[:1]))
-                if order is not None:
-                    tensor = tensor[torch.tensor(order).argsort()]
-                if offset := self.model.offset(name):
-                    tensor = tensor - offset
-            yield name, tensor
+            yield name, decode(self.model, name, tensor) if self.model else tensor
 
     def borrow_stored(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors exactly as they lie in the file."""
+        """Tensors exactly as they lie in the file; also under other spellings of their names."""
         for name in names:
-            yield name, self.file.read(self._names[name])
+            stored = self.model.gguf_name(name) if self.model else name
+            assert stored is not None, name
+            yield name, self.file.read(stored)
 
     def read_small(self, name: str) -> np.ndarray:
         return self.read(name).numpy()

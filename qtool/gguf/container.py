@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint.writer import FileLayout
@@ -56,6 +57,9 @@ class GGUFContainer:
             tensor = tensor.float() + self.model.offset(name)
         return tensor
 
+    def decode(self, name: str, tensor: Tensor) -> Tensor:
+        return decode(self.model, name, tensor)
+
     def lay_out(self, tensors: list[TensorInfo]) -> FileLayout:
         """The file with these tensors. What llama.cpp has besides (frequencies of the rotary embedding) lies first.
 
@@ -85,3 +89,14 @@ class GGUFContainer:
             return kind, info.shape
         *rows, row_bytes = info.shape
         return kind, (*rows, row_bytes // block.size_bytes * block.weights)
+
+
+def decode(model: GGUFModel, name: str, tensor: Tensor) -> Tensor:
+    """What lies in a file under llama.cpp's order of rows, as Hugging Face has it."""
+    import torch
+
+    order = model.row_order(name, prod(tensor.shape[:1]))
+    if order is not None:
+        tensor = tensor[torch.tensor(order, device=tensor.device).argsort()]
+    offset = model.offset(name)
+    return tensor - offset if offset else tensor

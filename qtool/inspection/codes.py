@@ -12,7 +12,7 @@ from math import log2
 from typing import TYPE_CHECKING
 
 from qtool.formats.weights import Weights
-from qtool.scheme import BLOCK, NESTED_BLOCK, QuantScheme
+from qtool.scheme import BLOCK, BLOCK_TYPES, NESTED_BLOCK, QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from qtool.numerics.grid import QTensor
 
 CHUNK = 1 << 22  # codes counted at a time
+OF_BLOCK = f"over one float16 for every {BLOCK_TYPES['q4_k'].weights} inputs"
 OVER = {  # two-level scales: what the scales are, and what they stand over
     "nvfp4": "e4m3, over one float32 for the tensor",
     **dict.fromkeys(("nf4-dq", "fp4-dq"), f"8-bit codes, over one float32 for every {NESTED_BLOCK} and an offset"),
+    "q2_k": f"4-bit integers, {OF_BLOCK}",
+    **dict.fromkeys(("q3_k", "q4_k", "q5_k", "iq4_xs"), f"6-bit integers, {OF_BLOCK}"),
+    "q6_k": f"8-bit integers, {OF_BLOCK}",
 }
 POWERS = "powers of two (e8m0)"
 
@@ -32,7 +36,8 @@ class CodeStats:
     """`counts` are the values that codes stand for, rising, with how many weights have each.
 
     Scales are those that a code is multiplied by, both levels together. `saturated_ratio` is the share of weights
-    at either end of `counts`. `zero_point_*` are None without zero points, `input_scale` without a fixed one.
+    at either end of `counts`. `zero_point_*` are None without zero points, `minimum_*` where groups have no minimum of
+    their own, which is added to the product of scale and code, `input_scale` without a fixed one.
     """
 
     scale_kind: str
@@ -43,6 +48,8 @@ class CodeStats:
     scale_maximum: float
     zero_point_minimum: float | None
     zero_point_maximum: float | None
+    minimum_lowest: float | None
+    minimum_highest: float | None
     codes_available: int
     codes_used: int
     entropy_bits: float
@@ -67,6 +74,8 @@ def code_stats(weight: QTensor) -> CodeStats:
 
     scheme, outliers = weight.scheme, weight.outliers
     scale, zero = effective_scales(weight)
+    minimum = -zero if zero is not None and scheme.kind in BLOCK_TYPES else None
+    zero = zero if minimum is None else None
     magnitude = scale.abs()
     counts = code_counts(weight)
     total, used = weight.codes.numel(), [n for _, n in counts if n]
@@ -79,6 +88,8 @@ def code_stats(weight: QTensor) -> CodeStats:
         scale_maximum=magnitude.max().item(),
         zero_point_minimum=None if zero is None else zero.min().item(),
         zero_point_maximum=None if zero is None else zero.max().item(),
+        minimum_lowest=None if minimum is None else minimum.min().item(),
+        minimum_highest=None if minimum is None else minimum.max().item(),
         codes_available=len(counts),
         codes_used=len(used),
         entropy_bits=sum(-n / total * log2(n / total) for n in used) + 0.0,
@@ -92,7 +103,10 @@ def code_stats(weight: QTensor) -> CodeStats:
 
 
 def effective_scales(weight: QTensor) -> tuple[Tensor, Tensor | None]:
-    """What codes are multiplied by, float32 [O, G]; [1, 1] for a tensor, [ceil(O / 128), G] for blocks; and zeros."""
+    """What codes are multiplied by, float32 [O, G]; [1, 1] for a tensor, [ceil(O / 128), G] for blocks; and zeros.
+
+    Of block types with minima these are what is subtracted, instead of zeros.
+    """
     import torch
 
     from qtool.numerics.grid import grid_of

@@ -56,6 +56,7 @@ class Comparison:
     different: list[Difference]
     identical: list[str]
     reshaped: list[Reshaped]
+    unread: list[str]  # stored in blocks of GGUF's that qtool does not read, on either side
     only_model: list[str]
     only_base: list[str]
     relative: float | None  # of all compared tensors together
@@ -107,20 +108,22 @@ def compare(model: Checkpoint, base: Checkpoint, progress: Progress) -> Comparis
             f"`{next(iter(their_names), '-')}` and the like",
             "compare two checkpoints of the same architecture",
         )
-    our_types = {e.name: e.stored_as for e in entries(ours)}
-    their_types = {e.name: e.stored_as for e in entries(theirs)}
+    our_entries, their_entries = ({e.name: e for e in entries(side)} for side in (ours, theirs))
     different: list[Difference] = []
-    identical, reshaped, total = [], [], ErrorSums()
+    identical, reshaped, unread, total = [], [], [], ErrorSums()
     for done, name in enumerate(shared, 1):
         mine, other = our_names[name], their_names[name]
-        shape, base_shape = ours.shapes[mine], theirs.shapes[other]
+        shape, base_shape = our_entries[mine].shape, their_entries[other].shape
+        if our_entries[mine].is_unread or their_entries[other].is_unread:
+            unread.append(name)
+            continue
         if shape != base_shape:
             reshaped.append(Reshaped(name, shape, base_shape))
             continue
         sums = error_sums(ours.read([mine])[mine], theirs.read([other])[other])
         total += sums
         if sums.max_absolute:
-            stored, base_stored = our_types[mine], their_types[other]
+            stored, base_stored = our_entries[mine].stored_as, their_entries[other].stored_as
             mean = sums.error_absolute / sums.count
             different.append(
                 Difference(name, shape, stored, base_stored, sums.sqnr_db, sums.relative, mean, sums.max_absolute)
@@ -135,6 +138,7 @@ def compare(model: Checkpoint, base: Checkpoint, progress: Progress) -> Comparis
         different=different,
         identical=identical,
         reshaped=reshaped,
+        unread=unread,
         only_model=_missing(our_names, their_names),
         only_base=_missing(their_names, our_names),
         relative=total.relative,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, ReadError
 from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import GGUFCheckpoint
 from qtool.headers import DTYPE_BITS, TensorInfo
 from qtool.models.architectures import ARCHITECTURES, LLAMA, text_config
 from qtool.scheme import KV_SCHEMES, QuantScheme
@@ -22,7 +23,7 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     scheme: QuantScheme | None
-    dtype: str  # of a dense tensor; of the scales of a packed weight
+    dtype: str  # of a dense tensor; of the scales of a packed weight; what GGUF calls blocks that are not read
     size_bytes: int
     size_bits: int  # without what the format adds, such as padding and fixed scales of inputs
     parameters: int  # 0 for integer buffers, scales of the cache, and a tied head that is stored a second time
@@ -34,8 +35,20 @@ class Entry:
 
     @property
     def matrix(self) -> tuple[int, ...]:
-        """The shape as a scheme sees it: [out, in]."""
+        """The shape as a scheme sees it: [out, in], of experts [experts, in, out] one below the other."""
+        if self.scheme and len(self.shape) == 3:
+            experts, inputs, out = self.shape
+            return experts * out, inputs
         return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it is in blocks of GGUF's that are not read: of a type that qtool lacks, or of experts."""
+        return self.scheme is None and self.dtype not in DTYPE_BITS
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.scheme is not None or self.is_unread
 
     @property
     def stored_as(self) -> str:
@@ -55,14 +68,27 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
         ) from None
 
 
+def is_quantized(weights: Weights) -> bool:
+    """Whether any tensor is."""
+    return bool(weights.schemes or gguf_kinds(weights.checkpoint))
+
+
+def gguf_kinds(checkpoint: Checkpoint) -> dict[str, str]:
+    """The type of each tensor that is in blocks of GGUF's."""
+    return checkpoint.kinds if isinstance(checkpoint, GGUFCheckpoint) else {}
+
+
 def entries(weights: Weights) -> list[Entry]:
     """Every logical tensor, dense ones in file order first, and the fixed scales of the cache last."""
     pair = tied_pair(weights.checkpoint)
+    kinds = gguf_kinds(weights.checkpoint)
     found = []
     for name, shape in weights.shapes.items():
         module = name.removesuffix(".weight")
         if module in weights.schemes:
             found.append(_packed(weights, name, module, shape))
+        elif name in kinds:
+            found.append(_unread(weights.checkpoint, name))
         else:
             info = weights.checkpoint.tensors[name]
             repeated = pair and name == pair[1] and pair[0] in weights.shapes
@@ -81,8 +107,18 @@ def _packed(weights: Weights, name: str, module: str, shape: tuple[int, ...]) ->
     scales = [p.dtype for p in parts if p.name.endswith(".weight_scale")]
     floats = scales or [p.dtype for p in parts if is_float(p.dtype)]
     scale = max(floats, key=DTYPE_BITS.__getitem__, default="BF16")
-    size_bits = scheme.size_bits(shape[::-1] if transposed else shape, DTYPE_BITS[scale])
-    return Entry(name, shape, scheme, scale, sum(p.size_bytes for p in parts), size_bits, prod(shape), transposed)
+    entry = Entry(name, shape, scheme, scale, sum(p.size_bytes for p in parts), 0, prod(shape), transposed)
+    return replace(entry, size_bits=scheme.size_bits(entry.matrix, DTYPE_BITS[scale]))
+
+
+def _unread(checkpoint: Checkpoint, name: str) -> Entry:
+    """A tensor in blocks that are only passed over."""
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    stored = checkpoint.model.gguf_name(name) if checkpoint.model else name
+    assert stored is not None, name
+    tensor = checkpoint.file.tensors[stored]
+    size_bytes = tensor.size_bytes
+    return Entry(name, tensor.shape, None, tensor.kind, size_bytes, 8 * size_bytes, prod(tensor.shape))
 
 
 def cache_scales(weights: Weights) -> list[TensorInfo]:

@@ -17,6 +17,7 @@ from typing import Any
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
 from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import GGUFCheckpoint
 from qtool.headers import WEIGHT_DTYPES
 from qtool.inspection.logical import (
     Entry,
@@ -25,6 +26,7 @@ from qtool.inspection.logical import (
     is_float,
     open_weights,
 )
+from qtool.inspection.statistics import statistics_of
 from qtool.models.architectures import config_value, text_config
 from qtool.plan import matches
 from qtool.recipe import DEFAULT_IGNORE
@@ -84,7 +86,11 @@ class Memory:
 
 
 def memory(checkpoint: Checkpoint, context: int, batch: int) -> Memory:
-    """The memory of a checkpoint. Raises QtoolError naming the key that its config.json lacks."""
+    """The memory of a checkpoint. Raises QtoolError naming the key that its config.json lacks, or what is no model."""
+    if statistics_of(checkpoint):
+        raise QtoolError(
+            f"{checkpoint.path} holds statistics of a model's inputs, not a model", "give the model itself"
+        )
     weights = open_weights(checkpoint)
     found = entries(weights)
     notes: list[str] = []
@@ -145,18 +151,22 @@ def _layer_contexts(checkpoint: Checkpoint, context: int, notes: list[str]) -> l
 
 
 def _key(checkpoint: Checkpoint, key: str) -> int:
+    if isinstance(checkpoint, GGUFCheckpoint) and checkpoint.model is None:
+        name = checkpoint.config["gguf_architecture"]
+        raise QtoolError(f"the size of the KV cache is unknown: qtool does not know the architecture `{name}`")
     if not checkpoint.config:
         hint = "give the folder of the model" if checkpoint.path.is_file() else "put the model's config.json there"
         raise QtoolError(f"{checkpoint.path} has no config.json, which tells the size of the KV cache", hint)
     value = config_value(checkpoint.config, key)
     if not isinstance(value, int) or value < 1:
         shown = f"`{key}` = `{value}` in" if key in text_config(checkpoint.config) else f"no `{key}` in"
-        raise QtoolError(f"the size of the KV cache is unknown: {shown} {checkpoint.root / 'config.json'}")
+        where = checkpoint.path if isinstance(checkpoint, GGUFCheckpoint) else checkpoint.root / "config.json"
+        raise QtoolError(f"the size of the KV cache is unknown: {shown} {where}")
     return value
 
 
 def _dense_bytes(found: list[Entry]) -> int:
-    return sum(2 * prod(e.shape) if e.scheme or is_float(e.dtype) else e.size_bytes for e in found)
+    return sum(2 * prod(e.shape) if e.is_quantized or is_float(e.dtype) else e.size_bytes for e in found)
 
 
 def _packed_bytes(found: list[Entry], name: str, notes: list[str]) -> int:
@@ -177,5 +187,6 @@ def _packed_bytes(found: list[Entry], name: str, notes: list[str]) -> int:
 
 
 def _is_linear(entry: Entry) -> bool:
-    dense = len(entry.shape) == 2 and entry.name.endswith(".weight") and entry.dtype in WEIGHT_DTYPES
-    return bool(entry.scheme) or (dense and not any(matches(entry.module, pattern) for pattern in DEFAULT_IGNORE))
+    known = entry.dtype in WEIGHT_DTYPES or entry.is_unread
+    matrix = entry.scheme or (len(entry.shape) == 2 and entry.name.endswith(".weight") and known)
+    return bool(matrix) and not any(matches(entry.module, pattern) for pattern in DEFAULT_IGNORE)

@@ -2,7 +2,7 @@
 
 Parameters are logical: a packed weight counts out * in, a head tied to the embedding counts once, integer
 buffers not at all. Bits per weight include scales and zero points; bits per parameter are all bytes over all
-parameters.
+parameters. Of a GGUF file tensors have their Hugging Face names where its architecture is known.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import shown
 from qtool.formats import Format, least_capable
+from qtool.formats.gguf import READERS
 from qtool.formats.weights import Weights
+from qtool.gguf.architectures import SIZES
+from qtool.gguf.checkpoint import GGUFCheckpoint
 from qtool.headers import kind_of
 from qtool.inspection.logical import (
     CACHE_SCALES,
@@ -26,17 +30,19 @@ from qtool.inspection.logical import (
     cache_scales,
     cache_type,
     entries,
+    gguf_kinds,
     is_float,
     open_weights,
     tied_pair,
 )
+from qtool.mixes import MIXES
 from qtool.models.architectures import config_value
 from qtool.scheme import ActivationScheme, QuantScheme
 
 COMPONENTS = (  # the first pattern that a module's name matches; a norm may lie inside attention
     ("norms", r"(norm\d*|\bln(_\w+|\d+))$"),
-    ("head", r"(^|\.)(lm_head|embed_out)$"),
-    ("embeddings", r"embed|\.w[tp]e$|^w[tp]e$"),
+    ("head", r"(^|\.)(lm_head|embed_out)$|^output$"),
+    ("embeddings", r"embe?d|\.w[tp]e$|^w[tp]e$"),
     ("attention", r"attn|attention"),
     ("mlp", r"mlp|ffn|feed_forward|experts|moe|\.fc\d$"),
 )
@@ -61,7 +67,7 @@ class LayerKind:
     """Tensors whose names differ only in their numbers, stored alike. `pattern` can be typed after `--layer`."""
 
     pattern: str
-    stored_as: str  # a scheme, or a type of safetensors
+    stored_as: str  # a scheme, or a type of safetensors or GGUF
     tensors: int
     shape: tuple[int, ...]
     parameters: int
@@ -74,7 +80,7 @@ class LayerKind:
 class SchemeUse:
     """Where a scheme is used, and who loads it."""
 
-    scheme: str
+    scheme: str  # or a type of GGUF that qtool does not read
     layers: int
     parameters: int
     bits_per_weight: float
@@ -120,6 +126,7 @@ class Overview:
     bits_per_parameter: float
     dtypes: dict[str, int]  # bytes of each
     format: str | None
+    file_type: str | None  # what llama.cpp calls the mix of types in a GGUF file
     quantized_parameters: int
     bits_per_weight: float | None  # of the quantized weights
     schemes: list[SchemeUse]
@@ -138,40 +145,67 @@ def overview(checkpoint: Checkpoint) -> Overview:
     """The overview of a checkpoint. Raises QtoolError for a format that is not read."""
     weights = open_weights(checkpoint)
     found = entries(weights)
-    quantized = [e for e in found if e.scheme]
+    quantized = [e for e in found if e.is_quantized]
     components = _components(found)
-    origin, reasons = _manifest(checkpoint.path)
-    config = checkpoint.config
+    origin, reasons = _manifest(checkpoint)
+    config, gguf = checkpoint.config, checkpoint if isinstance(checkpoint, GGUFCheckpoint) else None
     schemes = _scheme_uses(quantized, weights.format)
+    readers = [use.readers for use in schemes] or [READERS] * (gguf is not None and gguf.model is not None)
     parameters = sum(e.parameters for e in found)
+    kinds = gguf_kinds(checkpoint)
     dtypes: dict[str, int] = defaultdict(int)
     for info in checkpoint.tensors.values():
-        dtypes[info.dtype] += info.size_bytes
+        dtypes[kinds.get(info.name, info.dtype).upper()] += info.size_bytes
     return Overview(
         model=str(checkpoint.path),
-        architecture=(config.get("architectures") or ["unknown"])[0],
+        architecture=(config.get("architectures") or [config.get("gguf_architecture", "unknown")])[0],
         model_type=config.get("model_type"),
-        dimensions={key: value for key in DIMENSIONS if isinstance(value := config_value(config, key), int)},
+        dimensions=_dimensions(checkpoint),
         files=len(checkpoint.files),
         tensors=len(checkpoint.tensors),
         parameters=parameters,
         size_bytes=checkpoint.size_bytes,
         bits_per_parameter=8 * checkpoint.size_bytes / parameters if parameters else 0.0,
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
-        format=str(config["quantization_config"].get("quant_method")) if weights.format else None,
+        format=weights.format.name if weights.format else None,
+        file_type=_file_type(gguf.metadata) if gguf else None,
         quantized_parameters=sum(e.parameters for e in quantized),
         bits_per_weight=_bits_per_weight(quantized) if quantized else None,
         schemes=schemes,
-        readers=least_capable(use.readers for use in schemes) if schemes else None,
+        readers=least_capable(readers) if readers else None,
         kv_cache=_kv_cache(weights),
         components=components,
-        kinds=_kinds(found, components, config, reasons),
+        kinds=_kinds(found, components, weights, reasons),
         origin=origin,
-        notes=_notes(weights),
+        notes=_notes(weights, found),
     )
 
 
-def _notes(weights: Weights) -> list[str]:
+def _dimensions(checkpoint: Checkpoint) -> dict[str, int]:
+    """The numbers that say how large a model is, by their keys in config.json."""
+    config: dict[str, Any] = checkpoint.config
+    if isinstance(checkpoint, GGUFCheckpoint) and checkpoint.model is None:
+        keys = checkpoint.metadata
+        config = {size.name: keys.get(f"{config['gguf_architecture']}.{size.key}") for size in SIZES}
+        tokens = keys.get("tokenizer.ggml.tokens")
+        config["vocab_size"] = len(tokens) if isinstance(tokens, list) else None
+    return {key: value for key in DIMENSIONS if isinstance(value := config_value(config, key), int)}
+
+
+def _file_type(metadata: Mapping[str, Any]) -> str | None:
+    """The name of a GGUF file's general.file_type: of a mix that qtool makes, or of llama.cpp's others."""
+    number = metadata.get("general.file_type")
+    if type(number) is not int:
+        return None
+    name = next((mix.name for mix in MIXES.values() if mix.file_type == number), None)
+    if name is None:
+        from gguf import LlamaFileType
+
+        name = next((kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind == number), None)
+    return name or f"unknown ({number})"
+
+
+def _notes(weights: Weights, found: list[Entry]) -> list[str]:
     notes = []
     pair = tied_pair(weights.checkpoint)
     stored = [name for name in pair or () if name in weights.shapes]
@@ -179,8 +213,27 @@ def _notes(weights: Weights) -> list[str]:
         notes.append(f"embedding and head are tied: `{stored[0]}` is both")
     elif pair and stored:
         notes.append(f"embedding and head are tied, but `{pair[0]}` and `{pair[1]}` are both stored: counted once")
-    if weights.checkpoint.path.is_file() and any(not is_float(t.dtype) for t in weights.checkpoint.tensors.values()):
+    checkpoint = weights.checkpoint
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return notes + _gguf_notes(checkpoint, found)
+    if checkpoint.path.is_file() and any(not is_float(t.dtype) for t in checkpoint.tensors.values()):
         notes.append("a single file is read without config.json: packed weights appear as the integers that hold them")
+    return notes
+
+
+def _gguf_notes(checkpoint: GGUFCheckpoint, found: list[Entry]) -> list[str]:
+    """What of a GGUF file qtool cannot read, and where llama.cpp computes something else than transformers."""
+    if checkpoint.model is not None:
+        notes = list(checkpoint.model.notes)
+    elif (kind := checkpoint.metadata.get("general.type", "model")) != "model":
+        notes = [f"general.type is `{shown(kind)}`: this is no model"]
+    else:
+        name = checkpoint.config["gguf_architecture"]
+        notes = [f"qtool does not know the architecture `{name}`: tensors have the names that llama.cpp gives them"]
+    unread = [entry for entry in found if entry.is_unread]
+    types = (f"{e.stored_as} of {len(e.shape)} dimensions" if len(e.shape) != 2 else e.stored_as for e in unread)
+    if unread:
+        notes.append(f"the values of {len(unread)} tensors are not read: {', '.join(dict.fromkeys(types))}")
     return notes
 
 
@@ -189,24 +242,31 @@ def _bits_per_weight(members: list[Entry]) -> float:
 
 
 def _scheme_uses(quantized: list[Entry], format_: Format | None) -> list[SchemeUse]:
-    by_scheme: dict[QuantScheme, list[Entry]] = defaultdict(list)
+    by_name: dict[str, list[Entry]] = defaultdict(list)
     for entry in quantized:
-        if entry.scheme:
-            by_scheme[entry.scheme].append(entry)
+        by_name[entry.stored_as].append(entry)
+    by_scheme = {name: (next((e.scheme for e in m if e.scheme), None), m) for name, m in by_name.items()}
     return [
         SchemeUse(
-            scheme=str(scheme),
+            scheme=stored_as,
             layers=len(members),
             parameters=sum(e.parameters for e in members),
             bits_per_weight=_bits_per_weight(members),
             bits_on_disk=8 * sum(e.size_bytes for e in members) / sum(prod(e.shape) for e in members),
-            inputs=described_inputs(scheme.activations) if scheme.activations else None,
-            inputs_static=bool(scheme.activations and scheme.activations.is_static),
-            outliers=sum(scheme.outlier_count(e.matrix) for e in members),
-            readers=format_.readers(scheme) if format_ else "",
+            inputs=described_inputs(scheme.activations) if scheme and scheme.activations else None,
+            inputs_static=bool(scheme and scheme.activations and scheme.activations.is_static),
+            outliers=sum(scheme.outlier_count(e.matrix) for e in members) if scheme else 0,
+            readers=_readers(scheme, members, format_),
         )
-        for scheme, members in by_scheme.items()
+        for stored_as, (scheme, members) in by_scheme.items()
     ]
+
+
+def _readers(scheme: QuantScheme | None, members: list[Entry], format_: Format | None) -> str:
+    """Who loads all of these: a format's readers may depend on shapes."""
+    if scheme is None or format_ is None:
+        return READERS  # types of GGUF that qtool lacks
+    return least_capable(dict.fromkeys(format_.readers(scheme, e.matrix) for e in members))
 
 
 def described_inputs(scheme: ActivationScheme) -> str:
@@ -245,12 +305,12 @@ def component_of(name: str) -> str:
 
 
 def _kinds(
-    found: list[Entry], components: list[Component], config: dict[str, Any], reasons: dict[str, str]
+    found: list[Entry], components: list[Component], weights: Weights, reasons: dict[str, str]
 ) -> list[LayerKind]:
     groups: dict[tuple[str, str, tuple[int, ...]], list[Entry]] = defaultdict(list)
     for entry in found:
         groups[kind_of(entry.module), entry.stored_as, entry.shape].append(entry)
-    packed = any(e.scheme for e in found)
+    packed = any(e.is_quantized for e in found)
     kinds = [
         LayerKind(
             pattern=pattern,
@@ -260,7 +320,7 @@ def _kinds(
             parameters=sum(e.parameters for e in members),
             bits_per_weight=_bits_per_weight(members) if prod(shape) else 0.0,
             size_bytes=sum(e.size_bytes for e in members),
-            why_not_quantized=_why_not(members[0], config, reasons) if packed else None,
+            why_not_quantized=_why_not(members[0], weights, reasons) if packed else None,
         )
         for (pattern, stored_as, shape), members in groups.items()
     ]
@@ -268,28 +328,54 @@ def _kinds(
     return sorted(kinds, key=lambda kind: (rank[component_of(kind.pattern)], -kind.size_bytes))
 
 
-def _why_not(entry: Entry, config: dict[str, Any], reasons: dict[str, str]) -> str | None:
-    if entry.scheme or entry.name.endswith(CACHE_SCALES):
+def _why_not(entry: Entry, weights: Weights, reasons: dict[str, str]) -> str | None:
+    if entry.is_quantized or entry.name.endswith(CACHE_SCALES):
         return None
     if entry.name in reasons:
         return reasons[entry.name]
-    listed = config["quantization_config"]
-    skipped = any(f".{name}." in f".{entry.module}." for name in listed.get("llm_int8_skip_modules") or [])
-    if skipped or _ignored(entry.module, listed.get("ignore") or []):
+    if _ignored(entry.module, weights.checkpoint.config["quantization_config"]):
         return "in the ignore list of config.json"
     if len(entry.shape) < 2:
         return "a vector, not a matrix"
-    return "nothing in the quantization_config names it"
+    if entry.name.endswith("bias"):
+        return "a bias, not a weight"
+    if isinstance(weights.checkpoint, GGUFCheckpoint):
+        return f"the file has it as {entry.dtype}"
+    listing = weights.format is not None and weights.format.name in ("compressed-tensors", "qtool")
+    return "nothing in the quantization_config names it" if listing else "config.json does not say why"
 
 
-def _ignored(module: str, patterns: Iterable[str]) -> bool:
-    return any(re.match(p[3:], module) if p.startswith("re:") else p == module for p in patterns)
+def _ignored(module: str, config: dict[str, Any]) -> bool:
+    """Whether the quantization_config leaves a module alone: every format has a list of its own for that."""
+    patterns = _strings(config.get("ignore"))
+    names = [*_strings(config.get("llm_int8_skip_modules")), *_strings(config.get("modules_to_not_convert"))]
+    rules = [rule.removeprefix("-:") for rule in _strings(config.get("dynamic")) if rule.startswith("-:")]
+    regexes = [p.removeprefix("re:") for p in patterns if p.startswith("re:")] + rules
+    return (
+        module in patterns
+        or any(f".{name}." in f".{module}." or fnmatchcase(f"{module}.", f"{name}.*") for name in names)
+        or any(_begins(module, regex) for regex in regexes)
+    )
 
 
-def _manifest(folder: Path) -> tuple[Origin | None, dict[str, str]]:
+def _strings(value: object) -> list[str]:
+    """The strings of a list, or of an object's keys, that a config.json may or may not have."""
+    return [item for item in value if isinstance(item, str)] if isinstance(value, (list, dict)) else []
+
+
+def _begins(module: str, regex: str) -> bool:
+    try:
+        return re.match(regex, module) is not None
+    except re.error:
+        return False
+
+
+def _manifest(checkpoint: Checkpoint) -> tuple[Origin | None, dict[str, str]]:
     """What the manifest beside a checkpoint says, if qtool made it, and why each tensor was left alone."""
     try:
-        tree = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        tree = json.loads((checkpoint.root / "manifest.json").read_text(encoding="utf-8"))
+        if checkpoint.path.is_file() and checkpoint.files[0] not in [file["name"] for file in tree["files"]]:
+            return None, {}
         identity, report = tree["identity"], tree["report"]
         recipe = identity["recipe"]
         origin = Origin(

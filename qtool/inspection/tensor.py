@@ -17,6 +17,7 @@ from qtool.errors import QtoolError, unknown
 from qtool.formats.weights import check_finite
 from qtool.inspection.codes import CodeStats, code_stats, read_packed
 from qtool.inspection.logical import entries, open_weights
+from qtool.scheme import BLOCK_TYPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,6 +96,11 @@ def tensor_stats(checkpoint: Checkpoint, name: str) -> TensorStats:
     entry = next(e for e in entries(weights) if e.name == name)
     if not prod(entry.shape):
         raise QtoolError(f"`{name}` in {checkpoint.path} has no values: its shape is {list(entry.shape)}")
+    if entry.is_unread:
+        raise QtoolError(
+            f"`{name}` in {checkpoint.path} is {entry.stored_as} of the shape {list(entry.shape)}, which is not read",
+            f"matrices in blocks of {', '.join(BLOCK_TYPES)} and mxfp4 are",
+        )
     packed = read_packed(weights, entry.module) if entry.scheme else None
     if packed:
         dense_OI = packed.dequantize()

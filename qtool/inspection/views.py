@@ -8,7 +8,9 @@ from qtool.inspection.codes import CodeStats
 from qtool.inspection.compare import Comparison
 from qtool.inspection.memory import CARDS_GB, OWN, THIS, Memory
 from qtool.inspection.overview import DIMENSIONS, Origin, Overview
+from qtool.inspection.statistics import Statistics
 from qtool.inspection.tensor import OUTLIER_SIGMAS, Channels, TensorStats
+from qtool.recipe import NO_METHOD
 from qtool.report.table import Table, View, count, size
 
 BAR_WIDTH = 48
@@ -40,6 +42,24 @@ def overview_view(found: Overview) -> View:
     if left:
         view.append(Table(("not quantized", "why"), left))
     return view + _notes(found.notes)
+
+
+def statistics_view(found: Statistics) -> View:
+    """What was measured, on what, and what to type with it."""
+    facts = [
+        ("model", found.model or ""),
+        ("architecture", found.architecture or ""),
+        *(("data", data) for data in found.data),
+        ("holds", found.holds),
+        ("size", size(found.size_bytes)),
+    ]
+    rows = [(kind.pattern, str(kind.inputs), str(kind.columns)) for kind in found.inputs]
+    return [
+        f"{found.path}: no model, but {found.kind}",
+        Table(("", ""), [fact for fact in facts if fact[1]]),
+        Table(("inputs of", ">count", ">columns"), rows),
+        found.use,
+    ]
 
 
 def memory_view(found: Memory) -> View:
@@ -79,9 +99,9 @@ def comparison_view(found: Comparison, top: int) -> View:
         rows: list[Row] = []
         for d in found.different:
             errors = (optional(d.relative, ".3%"), f"{d.mean_absolute:.3g}", f"{d.max_absolute:.3g}")
-            rows.append((d.name, d.stored_as, optional(d.sqnr_db, ".2f"), *errors))
+            rows.append((d.name, d.stored_as, d.base_stored_as, optional(d.sqnr_db, ".2f"), *errors))
         title = f"{differing} of {plural(compared, 'tensor')} differ{'s' * (differing == 1)}, worst first"
-        columns = ("tensor", "stored as", ">SQNR dB", ">relative", ">mean error", ">max error")
+        columns = ("tensor", "stored as", "base", ">SQNR dB", ">relative", ">mean error", ">max error")
         view.append(Table(columns, _first(rows, top), title))
         overall = f"SQNR {optional(found.sqnr_db, '.2f')} dB, relative error {optional(found.relative, '.3%')}"
         view.append(f"all compared tensors together: {overall}")
@@ -90,6 +110,9 @@ def comparison_view(found: Comparison, top: int) -> View:
         title = f"not compared: {plural(len(found.reshaped), 'tensor')} of another shape"
         shapes: list[Row] = [(t.name, shape_text(t.shape), shape_text(t.base_shape)) for t in found.reshaped]
         view.append(Table(("tensor", ">shape", ">base"), _first(shapes, top), title))
+    if found.unread:
+        title = f"not compared: {plural(len(found.unread), 'tensor')} in blocks that are not read"
+        view.append(Table(("",), _first([(name,) for name in found.unread], top), title))
     for where, names in ((found.model, found.only_model), (found.base, found.only_base)):
         if names:
             title = f"only in {where}: {plural(len(names), 'tensor')}"
@@ -163,8 +186,11 @@ def _facts(found: Overview) -> list[tuple[str, str]]:
     else:
         share = found.quantized_parameters / found.parameters
         facts.append(("quantized", f"{share:.1%} of the parameters, at {found.bits_per_weight:.3f} bits per weight"))
-        facts.append(("format", str(found.format)))
-        facts += _scheme_facts(found)
+    if found.format:
+        facts.append(("format", found.format + (f", file type {found.file_type}" if found.file_type else "")))
+    if found.readers and not found.schemes:
+        facts.append(("read by", found.readers))
+    facts += _scheme_facts(found)
     return facts + (_origin_facts(found.origin) if found.origin else [])
 
 
@@ -190,7 +216,8 @@ def _scheme_facts(found: Overview) -> list[tuple[str, str]]:
 
 def _origin_facts(origin: Origin) -> list[tuple[str, str]]:
     layers = "".join(f", {pattern}={scheme}" for pattern, scheme in origin.layers.items())
-    facts = [("made by", f"qtool {origin.qtool}: {origin.method}, {origin.scheme}{layers}, from {origin.source}")]
+    how = f"{origin.method}, {origin.scheme}{layers}" if origin.method != NO_METHOD else "laid out anew"
+    facts = [("made by", f"qtool {origin.qtool}: {how}, from {origin.source}")]
     for gate in origin.gates:
         verdict = "passed" if gate["passed"] else "FAILED"
         facts.append(("gate", f"{verdict}: {gate['gate']} {gate['asked']}, measured {gate['measured']:.4g}"))
@@ -225,6 +252,10 @@ def _code_facts(found: CodeStats) -> list[tuple[str, str]]:
         facts.insert(2, ("", f"{found.negative_scales / found.scales:.1%} of them are negative"))
     if found.zero_point_minimum is not None:
         facts.append(("zero points", f"{found.zero_point_minimum:g} to {found.zero_point_maximum:g}"))
+    if found.minimum_lowest is not None:
+        facts.append(
+            ("minima", f"{found.minimum_lowest:.4g} to {found.minimum_highest:.4g}: what the code 0 stands for")
+        )
     if found.outliers:
         kept = f"{found.outliers:,} weights ({found.outlier_share:.3%}) are in 16 bits beside the codes"
         facts.append(("kept", f"{kept}, the largest {found.outlier_maximum:.4g}"))

@@ -1,4 +1,4 @@
-"""The search for the scales of GGUF's block types that `search` does not cover: those with minima or two levels.
+"""The search for the scales of GGUF's block types, denser than `search`: a file is made once and read for years.
 
 What is minimized is the weighted squared error of a block of weights, as its scales will be stored.
 
@@ -49,15 +49,15 @@ def sheared(reach: int) -> Lattice:
     return [(b, [a for a in steps if abs(2 * a - b) <= 2 * reach]) for b in steps]
 
 
-CUTS = geometric(0.3, 1.0, 4)  # of either end of a range
+CUTS = geometric(0.3, 1.0, 4)  # what is left of either half of a range
 REFITS = 2
-FINE_STEP = 1 / 48  # of a scale, between points of the lattice of types of one level
-ROOM = 1.1  # of d and dmin for the lattice, as multiples of what the largest group needs
+ROOM = 1.1  # d and dmin of the lattice, as multiples of what the largest group needs
 BASINS = 4  # of each group
-SHARES = [1 + i / 40 for i in range(8)]  # of d and dmin that are compared, likewise
-SIGNED_SHARES = [sign * (1 + i / 80) for i in range(16) for sign in (1, -1)]
+SHARES = [1 + i / 40 for i in range(8)]  # d and dmin that are compared, likewise
+SIGNED_SHARES = [sign * (1 + i / 80) for i in range(16) for sign in (1, -1)]  # those of symmetric types
 WIDE, NEAR = sheared(4), [(b, list(range(-2, 3))) for b in range(-2, 3)]
-SYMMETRIC_WIDE: Lattice = [(0, [a]) for a in range(-6, 7)]
+SYMMETRIC_WIDE: Lattice = [(0, [a]) for a in range(-16, 17, 2)]
+SYMMETRIC_FINE: Lattice = [(0, list(range(-12, 13)))]
 SYMMETRIC_NEAR: Lattice = [(0, list(range(-2, 3)))]
 
 
@@ -110,20 +110,33 @@ class Sums(NamedTuple):
         return scale, (self.level * self.product - self.square * self.weight) / determinant
 
 
-def search_minima(
-    weight_RGK: Tensor, importance_RGK: Tensor | None, codec: Codec, coarse: bool = False
+def fit_groups(
+    weight_RGK: Tensor,
+    importance_RGK: Tensor | None,
+    codec: Codec,
+    minima: bool,
+    fine_step: float,
+    search: bool = True,
+    coarse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Scales and minima [R, G] of any sign that float16 holds, of w = scale * level - minimum."""
+    """Scales and minima [R, G] such as float16 holds, of w = scale * level - minimum; without `minima` those are 0.
 
-    def search(weight_RGK: Tensor) -> tuple[Tensor, ...]:
+    `fine_step` is the distance between points of the lattice, as a share of the scale.
+    """
+
+    def fit(weight_RGK: Tensor) -> tuple[Tensor, ...]:
         unit_RG = _unit(weight_RGK)
-        groups = _Groups(weight_RGK / unit_RG[..., None], importance_RGK, codec, -torch.inf)
-        found = groups.search(lambda values_RG: _stored(values_RG, unit_RG), coarse)
-        if not coarse:
-            found = groups.finer(found, lambda values_RG: _stored(values_RG, unit_RG))
+        groups = _Groups(weight_RGK / unit_RG[..., None], importance_RGK, codec, -torch.inf if minima else None)
+
+        def stored(values_RG: Tensor) -> Tensor:
+            return _stored(values_RG, unit_RG)
+
+        found = groups.search(stored, coarse) if search else groups.range(stored)
+        if search and not coarse:
+            found = groups.finer(found, fine_step, stored)
         return found.scale * unit_RG, found.minimum * unit_RG
 
-    scale, minimum = _in_chunks(search, weight_RGK)
+    scale, minimum = _in_chunks(fit, weight_RGK)
     return scale, minimum
 
 
@@ -145,7 +158,7 @@ def fit_blocks(
         unit_RG = unit_RB.repeat_interleave(integers.groups, 1)
         groups = _Groups(weight_RGK / unit_RG[..., None], importance_RGK, codec, 0.0 if integers.minimum else None)
         blocks = _BlockSearch(groups, integers, unit_RB)
-        best = blocks.search(coarse) if search else blocks.start(groups.range(), 1.0)
+        best = blocks.search(coarse) if search else blocks.start(groups.range(lambda values: values), 1.0)
         return best.groups.scale, best.groups.minimum, best.scale * unit_RB, best.minimum * unit_RB
 
     scale, minimum, super_scale, super_minimum = _in_chunks(fit, weight_RGK)
@@ -196,32 +209,32 @@ class _Groups:
         weight = torch.mul(self.weight, importance, out=scratch).sum(-1)
         return Sums(importance.sum(-1).expand_as(square), weighted.sum(-1), square, product, weight)
 
-    def range(self) -> Found:
-        """Scales that clip nothing."""
-        if self.least is None:
-            return self._shrunken(1.0, lambda values: values)
-        return self._cut(1.0, 1.0, lambda values: values)
+    def range(self, stored: Stored) -> Found:
+        """Scales that clip nothing, but for weights of the other sign than the largest of symmetric types."""
+        return self._shrunken(1.0, stored) if self.least is None else self._cut(1.0, 1.0, stored)
 
     def search(self, stored: Stored, coarse: bool) -> Found:
         """The scales and minima of least error."""
+        best = self.range(stored)
         if self.least is None:
             shrinks = self.codec.shrinks[:: 2 if coarse else 1]
-            return reduce(Found.or_better, (self._shrunken(s * sign, stored) for s in shrinks for sign in (1, -1)))
-        cuts = (self._cut(low, high, stored) for low, high in product(CUTS, repeat=2))
-        if coarse:
-            return reduce(Found.or_better, cuts)
-        best = reduce(Found.or_better, (cut.or_better(self._refitted(cut, stored)) for cut in cuts))
-        return self._refined(best, stored)
+            offers = (self._shrunken(shrink * sign, stored) for shrink in shrinks for sign in (1, -1))
+        else:
+            offers = (self._cut(low, high, stored) for low, high in product(CUTS, repeat=2))
+            if not coarse:
+                offers = (cut.or_better(self._refitted(cut, stored)) for cut in offers)
+        return self._refined(reduce(Found.or_better, offers, best), stored)
 
-    def finer(self, found: Found, stored: Stored) -> Found:
+    def finer(self, found: Found, step: float, stored: Stored) -> Found:
         """The best of a fine lattice around scales and minima."""
-        best, scale_step = found, found.scale * FINE_STEP
+        best, scale_step = found, found.scale * step
         minimum_step = scale_step * (self.codec.largest / 2)
-        for b, steps in WIDE:
+        for b, steps in SYMMETRIC_FINE if self.least is None else WIDE:
             minimum = stored(found.minimum + b * minimum_step)
             shifted = self.shifted(minimum)
-            for scale in (stored(found.scale + a * scale_step) for a in steps):
-                best = best.or_better(Found(self.error(shifted, scale), scale, minimum))
+            for sign in (1, -1) if self.least is None else (1,):
+                for scale in (stored(sign * (found.scale + a * scale_step)) for a in steps):
+                    best = best.or_better(Found(self.error(shifted, scale), scale, minimum))
         return self._refined(best, stored)
 
     def _levels(self, shifted_RGK: Tensor, scale_RG: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,11 +265,11 @@ class _Groups:
 
     def _refitted(self, found: Found, stored: Stored) -> Found:
         """The scale and minimum of least squares for the codes of others."""
-        assert self.least is not None
         sums = self.sums(found.scale, found.minimum)
         scale, minimum = sums.solved()
-        scale = torch.where(minimum >= self.least, scale, sums.product / sums.square)
-        minimum = minimum.clamp(min=self.least)
+        least = self.least or 0.0
+        scale = torch.where(minimum >= least, scale, sums.product / sums.square)
+        minimum = minimum.clamp(min=least)
         fine = scale.isfinite() & minimum.isfinite()
         scale, minimum = torch.where(fine, scale, found.scale), torch.where(fine, minimum, found.minimum)
         return self.offer(stored(scale), stored(minimum))

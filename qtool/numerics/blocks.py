@@ -3,10 +3,9 @@
 A weight is scale * level - minimum. The scale of a group is a float16 of its own, or an integer times the float16
 of its block (two levels); minima likewise. Levels are those of `codecs`.
 
-Types of one level and no minimum are searched as every symmetric scheme is (`search`), the others by
-`block_search`. Without a search q4_0, q4_1, q5_0, q5_1, q8_0 and mxfp4 come out byte for byte as the `gguf` package
-(0.19) and llama.cpp's reference quantize them: these round weights under the scale before it is rounded to its own
-type, which `ReferenceParams` remembers.
+mxfp4 is searched as in every format (`search`), the others by `block_search`. Without a search q4_0, q4_1, q5_0,
+q5_1, q8_0 and mxfp4 come out byte for byte as the `gguf` package (0.19) and llama.cpp's reference quantize them:
+these round weights under the scale before it is rounded to its own type, which `ReferenceParams` remembers.
 
 Shapes: O out features, I in features, G groups, B blocks of 256, C columns given.
 """
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.numerics.block_search import F16_MAX, F16_TINY, Integers, fit_blocks, search_minima
+from qtool.numerics.block_search import F16_MAX, Integers, fit_blocks, fit_groups
 from qtool.numerics.codecs import WITH_MINIMUM, codec_of
 from qtool.numerics.grid import Grid, GridParams, QTensor, Rounder
 from qtool.numerics.minifloat import E2M1_VALUES, decode_e8m0
@@ -33,6 +32,7 @@ INTEGERS = {
     "iq4_xs": Integers(8, -32, 31),
 }
 FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+FINE_STEP = 1 / 2  # of a scale for a type of one level, over the number of its levels
 IMPORTANCE_FLOOR = 1e-6  # of the mean of a block: where no importance is, all weights count the same
 
 
@@ -54,13 +54,14 @@ class BlockGrid(Grid):
         if not search and kind not in INTEGERS and not kind.startswith("iq4"):
             return self._reference(weight_OI)
         importance_I = None if importance_I is None or not search else self._relative(importance_I)
-        if kind not in INTEGERS and kind not in WITH_MINIMUM:
-            return self._one_level(weight_OI, importance_I, search, coarse)
+        if kind == "mxfp4":
+            return super().fit(weight_OI, importance_I, search, coarse)
         weight_OGK, importance_1GK = self._grouped(weight_OI, importance_I)
         codec = codec_of(self.scheme)
         if kind not in INTEGERS:
-            scale_OG, minimum_OG = search_minima(weight_OGK, importance_1GK, codec, coarse)
-            return GridParams(scale_OG.half(), super_zero=-minimum_OG.half())
+            minima, fine_step = kind in WITH_MINIMUM, FINE_STEP / 2**self.scheme.bits
+            scale, minimum = fit_groups(weight_OGK, importance_1GK, codec, minima, fine_step, search, coarse)
+            return GridParams(scale.half(), super_zero=-minimum.half() if minima else None)
         integers = INTEGERS[kind]
         scale, minimum, d, dmin = fit_blocks(weight_OGK, importance_1GK, codec, integers, search, coarse)
         if not integers.minimum:
@@ -110,18 +111,6 @@ class BlockGrid(Grid):
         if zero is None or super_zero is None:
             return GridParams(scale)
         return GridParams(scale, super_zero.float().repeat_interleave(groups, 1).mul_(zero))
-
-    def _one_level(self, weight_OI: Tensor, importance_I: Tensor | None, search: bool, coarse: bool) -> GridParams:
-        """Types that are a codec and a scale."""
-        if self.scheme.kind == "mxfp4":
-            return super().fit(weight_OI, importance_I, search, coarse)
-        low_OG, high_OG = self._grouped(weight_OI, None)[0].aminmax(dim=-1)
-        largest_OG, most = torch.maximum(high_OG, -low_OG), F16_MAX * codec_of(self.scheme).largest
-        if largest_OG.amax() > most:
-            weight_OI = weight_OI.clamp(-most, most)
-        params = super().fit(weight_OI, importance_I, search, coarse)
-        # iq4_nl has no level at 0, so a scale has to be
-        return params._replace(scale=params.scale.masked_fill(largest_OG < F16_TINY / 2, 0))
 
     def _relative(self, importance_I: Tensor) -> Tensor:
         """Importance over its mean in each block."""

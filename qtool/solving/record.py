@@ -11,7 +11,7 @@ from qtool.checkpoint.writer import raw_bytes
 from qtool.formats.weights import check_finite
 from qtool.job import Job
 from qtool.numerics.grid import QTensor
-from qtool.parameters import Parameters
+from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
 
@@ -33,13 +33,27 @@ class UnitRecord:
     def write(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = self.solver.staged.write(name, tensor)
 
-    def add(self, linear: Linear, weight: QTensor, record: LayerRecord) -> None:
+    def pack(self, linear: Linear, weight: QTensor) -> None:
         """A linear as the format holds it."""
         with self.solver.watch.stage("write"):
             for name, tensor in self.solver.job.format.pack(linear.module, weight, linear.source.dtype).items():
                 self.write(name, tensor)
-            self.solved[linear.module] = digest(weight)
-            self.layers.append(record)
+            self.solved[linear.module] = digest([weight])
+
+    def pack_rows(self, linear: Linear, parts: Iterable[QTensor]) -> None:
+        """The same of one whose rows come a few at a time; no more of it than its packed bytes is kept."""
+        format, dtype = self.solver.job.format, linear.source.dtype
+        packed: list[Tensor] = []
+
+        def packing() -> Iterator[QTensor]:
+            for part in parts:
+                with self.solver.watch.stage("write"):
+                    packed.extend(format.pack(linear.module, part, dtype).values())
+                yield part
+
+        self.solved[linear.module] = digest(packing())
+        with self.solver.watch.stage("write"):
+            self.write(format.tensors(linear)[0].name, joined(packed))
 
     def finish(self, parameters: Parameters) -> None:
         """The tensors that stay unquantized, and then the unit is done."""
@@ -49,8 +63,9 @@ class UnitRecord:
             kept = [k.source.name for k in self.unit.kept if k.source.name in outputs]
             changed = [name for name in kept if name in parameters.changed]
             for name in changed:
-                self.write(name, parameters[name].to(parameters.dtype(name)))
-            for name in [*(n for n in kept if n in source.changed), *(i.name for i in self.unit.added)]:
+                self.write(name, parameters[name].to(TORCH_DTYPES[outputs[name].dtype]))
+            made = source.changed.union(info.name for info in source.added)
+            for name in [*(n for n in kept if n in made), *(i.name for i in self.unit.added)]:
                 if name not in self.tensors:
                     self.write(name, source.read_stored(name))
             checked = {k.source.name for k in self.unit.kept if k.must_be_finite}

@@ -56,7 +56,7 @@ class Solver:
     def run(self, batch_tokens: int) -> None:
         """Every unit that is not done."""
         undone = [unit for unit in self.job.plan.units if unit.name not in self.staged.done]
-        wanted = {u.name for u in undone if u.linears or _has_cache(u)} if self.job.needs_data else set()
+        wanted = {unit.name for unit in undone if self._is_measured(unit)} if self.job.needs_data else set()
         if wanted:
             self._run_blocks(wanted, batch_tokens)
         if self.job.stats and undone:
@@ -94,7 +94,7 @@ class Solver:
         """A unit whose statistics, if any, were saved."""
         parameters = self._parameters(unit, {})
         record = UnitRecord(self, unit)
-        stats = self.job.stats if unit.linears or _has_cache(unit) else None
+        stats = self.job.stats if self._is_measured(unit) else None
         work = UnitWork(self, unit, parameters, record)
         if stats:
             with self.watch.stage("read"):
@@ -164,8 +164,13 @@ class Solver:
             with self.watch.stage("calibrate"):
                 rows.leave(block, work.rounded, work.cache)
 
+    def _is_measured(self, unit: Unit) -> bool:
+        """Whether data says anything of a unit: embedding and head are rounded without."""
+        return _has_cache(unit) or any(self.architecture.is_block_linear(x.module) for x in unit.linears)
+
     def _parameters(self, unit: Unit, loaded: Mapping[str, Tensor]) -> Parameters:
-        return Parameters(unit, self.job.source, self.device, self.architecture.transposed, loaded)
+        transposed = self.architecture.transposed
+        return Parameters(unit, self.job.source, self.device, transposed, loaded, self.job.as_stored)
 
     def _check_amount(self, tokens: int, seqlen: int) -> None:
         widest = max(linear.shape[1] for linear in self.job.plan.linears)

@@ -28,18 +28,15 @@ from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
 from qtool.runtime.kv import KVCache
-from qtool.scheme import ActivationScheme, QuantScheme
+from qtool.scheme import FLOATS, ActivationScheme, QuantScheme
 from qtool.solving.compare import Errors, compare, squares
-from qtool.solving.record import UnitRecord, read_back
+from qtool.solving.record import UnitRecord, read_back, rows_at_once
 from qtool.transforms.fold import fold, sharing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qtool.solving.solver import Solver
-
-
-AT_ONCE = 1 << 24  # weights that are rounded at once where they outgrow a block
 
 
 class UnitWork:
@@ -151,25 +148,32 @@ class UnitWork:
         """Whether to round a weight a few rows at a time: it outgrows a block, as embeddings do."""
         linear = self.linears[name]
         loaded = f"{linear.module}.weight" in self.parameters.tensors
-        return prod(linear.shape) > AT_ONCE and row_by_row(linear.scheme) and not loaded and not linear.transposed
+        by_rows = row_by_row(linear.scheme) or linear.scheme.kind in FLOATS
+        return len(rows_at_once(linear.shape)) > 1 and by_rows and not loaded and not linear.transposed
 
     def _solve_by_rows(self, name: str) -> None:
         """Round a linear without data and without its whole weight in float32."""
         start, linear = time.perf_counter(), self.linears[name]
         method, notes = self._without_data()
         grid, watch = self._grid(linear), self.solver.watch
-        parts: list[QTensor] = []
         sums = []
-        for rows in torch.arange(linear.shape[0]).split(max(1, AT_ONCE // linear.shape[1])):
-            with watch.stage("read"):
-                weight_OI = self.job.source.read_rows(f"{linear.module}.weight", rows).to(self.parameters.device)
-            with watch.stage("solve"):
-                solved = method.solve(weight_OI, grid, None).weight
-                parts.append(self.job.format.held(solved, linear.source.dtype))
-            with watch.stage("measure"):
-                sums.append(squares(weight_OI, parts[-1].dequantize()))
-        record = layer_record(linear, Errors.of(sums), time.perf_counter() - start, notes)
-        self.record.add(linear, QTensor.joined(parts), record)
+
+        def parts() -> Iterator[QTensor]:
+            for rows in rows_at_once(linear.shape):
+                with watch.stage("read"):
+                    weight_OI = self.job.source.read_rows(f"{linear.module}.weight", rows).to(self.parameters.device)
+                with watch.stage("solve"):
+                    solved = method.solve(weight_OI, grid, None).weight
+                    held = self.job.format.held(solved, linear.source.dtype)
+                with watch.stage("measure"):
+                    sums.append(squares(weight_OI, held.dequantize()))
+                yield held
+
+        if self.job.format.by_rows:
+            self.record.pack_rows(linear, parts())
+        else:
+            self.record.pack(linear, QTensor.joined(list(parts())))
+        self.record.layers.append(layer_record(linear, Errors.of(sums), time.perf_counter() - start, notes))
 
     def _without_data(self) -> tuple[Method, list[str]]:
         """The method for a linear without statistics, and what to say of that."""
@@ -210,7 +214,8 @@ class UnitWork:
                 weight.copy_(new)
             notes = [*notes, *solution.notes]
             record = layer_record(linear, errors, wall_s * linear.shape[0], notes, transforms)
-            self.record.add(linear, replace(solved, input_scale=input_scale), record)
+            self.record.pack(linear, replace(solved, input_scale=input_scale))
+            self.record.layers.append(record)
             if not self.job.wanted:
                 self.parameters.drop(linear.module)
 

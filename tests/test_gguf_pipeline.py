@@ -1,0 +1,398 @@
+"""A whole run that ends in a GGUF file: the file holds what was solved, and it can be killed, resumed and repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool.cli import run as run_command
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.writer import StagedOutput, partial_path
+from qtool.errors import QtoolError, UsageError
+from qtool.evaluation.evaluate import evaluate
+from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import GGUFCheckpoint, open_checkpoint
+from qtool.job import describe, prepare
+from qtool.methods import METHODS
+from qtool.pipeline import MANIFEST, RunOptions, quantize
+from qtool.recipe import DEFAULT_IGNORE, PROTOCOLS, DataSpec, EvalSpec, build
+from qtool.report.views import plan_view
+from qtool.solving import unit as solving_unit
+from qtool.solving.record import UnitRecord
+from qtool.transforms import TRANSFORMS
+from tests.conftest import MakeModel
+
+CPU = RunOptions(device="cpu")
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {"use_sliding_window": False}, "gemma2": {}, "gemma3_text": {}, "phi3": {},
+    "gpt_neox": {"tied": False},
+}  # fmt: skip
+# Rows of 64 and 128 columns are no multiple of 256: what the mix q4_k_m makes of its types.
+OF_64 = {"q4_k": "iq4_nl", "q6_k": "q5_1"}
+
+
+def quiet(*_: object) -> None:
+    """A progress callback that says nothing."""
+
+
+def job_of(model: Path, tree: dict[str, Any]) -> Any:
+    return prepare(str(model), build(tree, [*METHODS, *TRANSFORMS]))
+
+
+def run(model: Path, out: Path, tree: dict[str, Any], options: RunOptions = CPU) -> tuple[Any, bool]:
+    return quantize(job_of(model, tree), out, options, quiet)
+
+
+def recipe_tree(text: Path, **changes: Any) -> dict[str, Any]:
+    return {"scheme": "q4_k_m", "data": {"source": str(text), "rows": 24, "seqlen": 32}, **changes}
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    source = Weights(open_checkpoint(path))
+    return source.read(source.shapes)
+
+
+def file_of(out: Path) -> bytes:
+    return (out / "model.gguf").read_bytes()
+
+
+def types_of(out: Path) -> dict[str, str]:
+    """The type of each tensor of a file, in lower case, by its Hugging Face name without `.weight`."""
+    checkpoint = GGUFCheckpoint(out)
+    return {
+        name.removesuffix(".weight"): checkpoint.kinds.get(name, info.dtype.lower())
+        for name, info in checkpoint.tensors.items()
+    }
+
+
+class Killed(BaseException):
+    """Stands in for a process that is gone."""
+
+
+# --- what is in the file ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(make_model: MakeModel, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`made(kind, method) -> (model, out, report, solved)`: a GGUF file by q4_k_m, and every weight that was solved."""
+
+    @functools.cache
+    def make(kind: str, method: str) -> tuple[Path, Path, Any, dict[str, torch.Tensor]]:
+        model, out = make_model(kind, **KINDS[kind]), tmp_path_factory.mktemp(f"{kind}-{method}") / "out"
+        solved: dict[str, torch.Tensor] = {}
+        add = UnitRecord.add
+
+        def noted(self: UnitRecord, linear: Any, weight: Any, record: Any) -> None:
+            solved[linear.source.name] = weight.dequantize().clone()
+            add(self, linear, weight, record)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(UnitRecord, "add", noted)
+            report, _ = run(model, out, recipe_tree(calibration_text, method=method))
+        return model, out, report, solved
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_holds_what_was_solved_and_the_rest_as_it_was(made: Any, kind: str, method: str) -> None:
+    model, out, report, solved = made(kind, method)
+    source, written = weights_of(model), weights_of(out / "model.gguf")
+    assert written.keys() == source.keys()
+    assert {layer.module + ".weight" for layer in report.layers} == solved.keys()
+    for name, weight in written.items():
+        assert torch.equal(weight, solved.get(name, source[name])), name
+        assert (name in solved) == (weight.dim() == 2)
+    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, "model.gguf"]
+    assert report.bytes_after == GGUFCheckpoint(out).size_bytes
+    assert set(types_of(out).values()) == {*OF_64.values(), "f32"}
+    tables = [layer for layer in report.layers if ".layers." not in layer.module]
+    assert all(("rounded to nearest" in " ".join(layer.notes)) == (method == "gptq") for layer in tables)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_is_measured_beside_its_source(made: Any, calibration_text: Path, kind: str) -> None:
+    model, out, _, _ = made(kind, "gptq")
+    for protocol in PROTOCOLS:
+        spec = EvalSpec(DataSpec(str(calibration_text), rows=6, seqlen=32), protocol)
+        found = evaluate(out / "model.gguf", model, spec, "cpu", quiet).comparison
+        assert found is not None
+        assert 0 < found.kl.value < 0.3, protocol
+        assert abs(found.relative_increase.value) < 0.3
+
+
+def test_k_quants(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
+    """Widths of 256, where the mix is what its name says; GPTQ's codes change the model less than rounding's."""
+    model = make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    divergence = {}
+    for method in ("rtn", "gptq"):
+        tree = recipe_tree(calibration_text, scheme="q4_k", method=method)
+        tree["eval"] = {"data": {"source": str(calibration_text), "seqlen": 32, "rows": 8}}
+        report, _ = run(model, tmp_path / method, tree)
+        assert not [note for note in report.notes if "instead of" in note]
+        divergence[method] = report.evaluation["comparison"]["kl"]["value"]
+    assert divergence["gptq"] < divergence["rtn"]
+    types = types_of(tmp_path / "gptq")
+    block = {name.removeprefix("model.layers.0."): kind for name, kind in types.items()}
+    assert block["self_attn.q_proj"] == block["mlp.up_proj"] == "q4_k"
+    assert block["self_attn.v_proj"] == block["mlp.down_proj"] == types["model.embed_tokens"] == "q6_k"
+    assert GGUFCheckpoint(tmp_path / "gptq").metadata["general.file_type"] == 15
+
+
+def test_what_stays_unquantized(make_model: MakeModel, tmp_path: Path) -> None:
+    """Vectors are float32 there, matrices stay in their type; masks and rotary frequencies are no part of a file."""
+    model = tmp_path / "model"
+    shutil.copytree(make_model("gpt_neox", tied=False), model)
+    tensors = load_file(model / "model.safetensors")
+    buffers = {
+        "gpt_neox.layers.0.attention.bias": torch.ones((1, 1, 128, 128), dtype=torch.bool),
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(8),
+    }
+    save_file({**tensors, **buffers}, model / "model.safetensors", {"format": "pt"})
+    report, _ = run(model, tmp_path / "out", {"scheme": "q8_0", "method": "rtn", "ignore": ["*.dense", "*embed*"]})
+    left = {kept.name: kept.reason for kept in report.kept}
+    assert left.keys() >= buffers.keys()
+    types, written = types_of(tmp_path / "out"), weights_of(tmp_path / "out")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1:
+            assert types[name.removesuffix(".weight")] == "f32"
+        elif name.endswith(".dense.weight") or "embed" in name:
+            assert types[name.removesuffix(".weight")] == "bf16"
+        else:
+            assert types[name.removesuffix(".weight")] == "q8_0"
+            continue
+        assert torch.equal(written[name], tensor.float()), name
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_model_that_sees(make_model: MakeModel, tmp_path: Path, prefix: str) -> None:
+    """Gemma 3 with a vision tower: names are other ones in its checkpoint than in that of the file."""
+    model, plain = tmp_path / "model", make_model("gemma3_text")
+    shutil.copytree(plain, model)
+    tensors = load_file(model / "model.safetensors")
+    nested = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    nested["vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"] = torch.ones(64, 64)
+    save_file(nested, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    config = {"model_type": "gemma3", "text_config": config, "vision_config": {}, "vocab_size": config["vocab_size"]}
+    (model / "config.json").write_text(json.dumps(config))
+    tree = {"scheme": "q8_0", "method": "rtn"}
+    for folder, out in ((plain, tmp_path / "plain"), (model, tmp_path / "nested")):
+        run(folder, out, tree)
+    one, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "nested")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_head_in_the_files_of_a_tied_model_is_left_out(make_model: MakeModel, tmp_path: Path, kind: str) -> None:
+    """Some checkpoints hold it all the same; llama.cpp uses the embedding."""
+    model = tmp_path / "model"
+    shutil.copytree(make_model(kind), model)
+    tensors = load_file(model / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file({**tensors, **head}, model / "model.safetensors", {"format": "pt"})
+    report, _ = run(model, tmp_path / "out", {"scheme": "q6_k", "method": "rtn"})
+    types = types_of(tmp_path / "out")
+    assert "lm_head" not in types
+    assert types["model.embed_tokens"] == "q5_1"
+    assert "lm_head.weight" in {kept.name for kept in report.kept}
+
+
+# --- the same bytes -----------------------------------------------------------------------------------------------
+
+CHANGED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gptq": ("llama", {}, {"method": "gptq"}),
+    "norms": ("llama", {}, {"method": "gptq", "transforms": ["awq"]}),
+    "norms-plus-1": ("gemma2", {}, {"method": "gptq", "transforms": ["awq"]}),
+    "norms-plus-1-float32": ("gemma2", {"dtype": "float32"}, {"method": "gptq", "transforms": ["smoothquant"]}),
+    "untied": ("llama", {}, {"method": "gptq", "transforms": ["rotation"]}),
+    "gptaq": ("qwen2", {"use_sliding_window": False}, {"method": "gptaq", "transforms": ["awq"]}),
+    "biases": ("qwen2", {"use_sliding_window": False}, {"method": "gptq", "transforms": ["awq", "bias-correction"]}),
+    "joined": ("phi3", {}, {"method": "gptq", "transforms": ["awq"]}),
+    "layer-norms": ("gpt_neox", {"tied": False}, {"method": "gptq", "transforms": ["awq", "bias-correction"]}),
+}
+SLOW = ("norms", "gptaq", "joined", "layer-norms")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CHANGED])
+def changed(request: pytest.FixtureRequest, make_model: MakeModel, calibration_text: Path) -> tuple[Path, Any]:
+    """A model, and a recipe that changes more of it than codes."""
+    kind, overrides, tree = CHANGED[request.param]
+    return make_model(kind, **overrides), recipe_tree(calibration_text, scheme="q4_0", **tree)
+
+
+def killed_after_every_unit(model: Path, out: Path, tree: dict[str, Any]) -> int:
+    """A run in as many pieces as it has units; how many."""
+    units, finish = len(job_of(model, tree).plan.units), StagedOutput.finish_unit
+
+    def finish_and_die(self: StagedOutput, unit: str, record: dict[str, Any]) -> None:
+        finish(self, unit, record)
+        raise Killed
+
+    for _ in range(units):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StagedOutput, "finish_unit", finish_and_die)
+            with pytest.raises(Killed):
+                run(model, out, tree)
+        assert not out.exists()
+    report, _ = run(model, out, tree)
+    assert report.resumed_units == units
+    assert not partial_path(out).exists()
+    return units
+
+
+def test_interrupted_after_every_unit_it_ends_with_the_same_bytes(changed: tuple[Path, Any], tmp_path: Path) -> None:
+    model, tree = changed
+    run(model, tmp_path / "whole", tree)
+    assert killed_after_every_unit(model, tmp_path / "out", tree) == 3
+    assert file_of(tmp_path / "out") == file_of(tmp_path / "whole")
+
+
+def test_changed_tensors_are_what_the_blocks_after_them_saw(
+    make_model: MakeModel, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms with an offset lose bits in the file: what stands there is what the run went on with."""
+    finished: dict[str, torch.Tensor] = {}
+    finish = UnitRecord.finish
+
+    def noted(self: UnitRecord, parameters: Any) -> None:
+        finished.update({name: parameters[name].clone() for name in parameters.changed})
+        finish(self, parameters)
+
+    monkeypatch.setattr(UnitRecord, "finish", noted)
+    tree = recipe_tree(calibration_text, scheme="q4_0", transforms=["smoothquant", "awq"])
+    model = make_model("gemma2", dtype="float32")
+    report, _ = run(model, tmp_path / "out", tree)
+    written, source = weights_of(tmp_path / "out"), weights_of(model)
+    assert len(finished) == 4  # two norms of each block feed linears
+    assert {kept.name for kept in report.kept if kept.changed} == finished.keys()
+    for name, value in finished.items():
+        assert torch.equal(written[name], value), name
+        assert not torch.equal(written[name], source[name])
+
+
+@pytest.mark.parametrize("saved", ["statistics", "imatrix"])
+def test_from_saved_statistics(make_model: MakeModel, calibration_text: Path, tmp_path: Path, saved: str) -> None:
+    """Also interrupted; an imatrix weighs the columns when it is rounded to nearest."""
+    from qtool.calibrate import CalibrateOptions
+    from qtool.calibrate import prepare as prepare_calibration
+    from qtool.calibrate import run as calibrate
+
+    model, stats = make_model(), tmp_path / ("imatrix.gguf" if saved == "imatrix" else "stats")
+    spec = DataSpec(str(calibration_text), rows=24, seqlen=32)
+    form = "imatrix" if saved == "imatrix" else "statistics"
+    calibrate(prepare_calibration(str(model), spec, False, form), stats, CalibrateOptions("cpu"), quiet)
+    tree = {"scheme": "q4_0", "method": "rtn" if saved == "imatrix" else "gptq", "stats": str(stats)}
+    report, _ = run(model, tmp_path / "whole", tree)
+    assert types_of(tmp_path / "whole")["model.embed_tokens"] == "q5_1"
+    killed_after_every_unit(model, tmp_path / "out", tree)
+    assert file_of(tmp_path / "out") == file_of(tmp_path / "whole")
+    plain, _ = run(model, tmp_path / "plain", {"scheme": "q4_0", "method": "rtn"})
+    weighted = {layer.module: layer.weight_error for layer in report.layers}
+    for layer in plain.layers:
+        same = layer.module == "model.embed_tokens"
+        assert (weighted[layer.module] == layer.weight_error) == same, layer.module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [1, 2, 3, 4])
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
+    make_model: MakeModel, calibration_text: Path, tmp_path: Path, lines: int
+) -> None:
+    """SIGKILL after so many lines of progress, and then the same command again."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "qtool", "quantize", str(make_model()), "-o", str(out), "--scheme", "q4_0"]
+    command += ["--data", str(calibration_text), "--rows", "24", "--seqlen", "32", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+        assert process.stderr
+        for _ in range(lines):
+            process.stderr.readline()
+        process.send_signal(signal.SIGKILL)
+    assert not (out / MANIFEST).exists() or process.returncode == 0
+    subprocess.run([*command, "-q"], check=True, stdout=subprocess.DEVNULL, env=environment)
+    whole = [*command, "-q"]
+    whole[whole.index(str(out))] = str(tmp_path / "whole")
+    subprocess.run(whole, check=True, stdout=subprocess.DEVNULL, env=environment)
+    assert file_of(out) == file_of(tmp_path / "whole")
+
+
+def test_same_recipe_same_bytes_and_another_is_refused(
+    make_model: MakeModel, calibration_text: Path, tmp_path: Path
+) -> None:
+    model, out = make_model(shards=True), tmp_path / "out"
+    tree = recipe_tree(calibration_text, scheme="q4_0")
+    run(model, out, tree)
+    run(model, tmp_path / "again", tree)
+    assert file_of(out) == file_of(tmp_path / "again")
+    before = (out / "model.gguf").stat().st_mtime_ns
+    report, up_to_date = run(model, out, {**tree, "format": "gguf"})
+    assert up_to_date
+    assert report.layers
+    assert (out / "model.gguf").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"recipe\.scheme was `q4_0` and is now `q8_0`"):
+        run(model, out, {**tree, "scheme": "q8_0"})
+    with pytest.raises(UsageError, match=r"recipe\.format was `gguf` and is now `compressed-tensors`"):
+        run(model, out, {**tree, "scheme": "int4-g32-sym"})
+    report, up_to_date = run(model, out, {**tree, "scheme": "q8_0"}, dataclasses.replace(CPU, force=True))
+    assert not up_to_date
+    assert set(types_of(out).values()) == {"q8_0", "f32"}
+    assert not (tmp_path / "out.replaced").exists()
+    (out / "model.gguf").write_bytes(b"short")
+    with pytest.raises(UsageError, match="damaged"):
+        run(model, out, {**tree, "scheme": "q8_0"})
+
+
+def test_a_changed_tokenizer_is_another_source(make_model: MakeModel, tmp_path: Path) -> None:
+    """It is part of the file."""
+    model, tree = tmp_path / "model", {"scheme": "q8_0", "method": "rtn"}
+    shutil.copytree(make_model(), model)
+    run(model, tmp_path / "out", tree)
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "{{ messages }}"}))
+    with pytest.raises(UsageError, match=r"source\.tokenizer_config\.json"):
+        run(model, tmp_path / "out", tree)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"), [("int4-g32-sym", "qtool"), ("int4-g32-sym", "dense"), ("q4_k", "gguf"), ("f16", "gguf")]
+)
+def test_large_embeddings_are_rounded_a_few_rows_at_a_time(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, format: str
+) -> None:
+    """To the same bytes as at once; 37 rows are no share of the vocabulary."""
+    model = make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1, tied=False)
+    tree = {"scheme": scheme, "method": "rtn", "format": format, "ignore": ["*norm*"]}
+    if format == "qtool":  # which has no place for an embedding
+        tree["ignore"] = ["*norm*", "*embed*"]
+    run(model, tmp_path / "whole", tree)
+    parts = []
+    by_rows = solving_unit.UnitWork._solve_by_rows
+    monkeypatch.setattr(solving_unit, "AT_ONCE", 37 * 256)
+    monkeypatch.setattr(
+        solving_unit.UnitWork, "_solve_by_rows", lambda self, name: (parts.append(name), by_rows(self, name))
+    )
+    run(model, tmp_path / "parts", tree)
+    assert {"lm_head", "model.embed_tokens"} - set(parts) == ({"model.embed_tokens"} if format == "qtool" else set())
+    for path in (tmp_path / "whole").iterdir():
+        assert path.name == MANIFEST or path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+    reports = [json.loads((tmp_path / name / MANIFEST).read_text())["report"] for name in ("whole", "parts")]
+    for one, other in zip(*(report["layers"] for report in reports), strict=True):
+        assert one["weight_error"] == pytest.approx(other["weight_error"], rel=1e-5)
