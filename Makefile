@@ -4,12 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/tiny-llama-w4
+# `make test-consumers`: what it installs, in an environment of its own
+CONSUMERS := build/consumers
+WHEELS := build/wheels
+LLAMA_CPP := llama-cpp-python==0.3.36
+GPTQMODEL := torchao==0.18.0 defuser==0.0.28 gptqmodel==7.7.0
+GPTQMODEL_NEEDS := device-smi logbar maturin ninja optimum==2.3.0 pillow protobuf pypcre requests threadpoolctl tokenicer
 
-.PHONY: help demo test test-fast lint bench commands clean
+.PHONY: help demo test test-fast test-consumers lint bench commands clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +32,19 @@ test: $(STAMP)  ## all tests
 
 test-fast: $(STAMP)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not peer'
+
+$(CONSUMERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CONSUMERS)
+	$(CONSUMERS)/bin/pip install --quiet -c constraints.txt torch
+	$(CONSUMERS)/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(CONSUMERS)/bin/pip wheel --no-deps -f $(WHEELS) -w $(WHEELS) $(LLAMA_CPP)
+	$(CONSUMERS)/bin/pip install --quiet -c constraints.txt -f $(WHEELS) $(LLAMA_CPP) $(GPTQMODEL_NEEDS)
+	$(CONSUMERS)/bin/pip install --quiet --no-deps $(GPTQMODEL)
+	@touch $@
+
+test-consumers: $(CONSUMERS)/.installed  ## the tests that need other programs: installs them, which takes ten minutes once
+	$(CONSUMERS)/bin/python -m pytest -m 'not gpu' tests/test_llamacpp.py tests/test_gguf_*.py tests/test_mixes.py \
+	  tests/test_format_gptq_awq.py
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -93,7 +93,8 @@ class Job:
         left = {name.removesuffix(".weight") for name in matrices}
         head = (self.architecture or LLAMA).head  # a tied one is in no file
         left_alone = sorted(left | ({head} - schemes.keys()))
-        return self.format.config(schemes, left_alone, self.kv, self.plan.linears[0].source.dtype)
+        dtype = next((linear.source.dtype for linear in self.plan.linears), "BF16")
+        return self.format.config(schemes, left_alone, self.kv, dtype)
 
 
 def prepare(model: str, recipe: Recipe) -> Job:
@@ -204,10 +205,14 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
     impossible: list[str] = []
     for module, scheme in weights.schemes.items():
         shape = weights.matrix_shape(module)
+        if module in weights.experts:
+            if format.name != "dense":
+                impossible.append(f"`{module}` are fused experts, which {format.name} cannot hold")
+            continue
         target = relaid_scheme(scheme, shape, format)
         if target is None:
-            impossible.append(f"`{module}` is {scheme}, which {format.name} cannot hold: "
-                              f"{format.problem(scheme, shape) or scheme.shape_error(shape)}")  # fmt: skip
+            why = format.problem(scheme, shape) or scheme.shape_error(shape)
+            impossible.append(f"`{module}` is {scheme}, which {format.name} cannot hold: {why}")
         else:
             targets[module] = target
     if impossible:
@@ -222,6 +227,7 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
         storable=lambda linear: _problem(format, linear, known),
         transposed=weights.is_transposed,
         scheme_of=lambda module, shape: targets.get(module),
+        written_out=weights.experts,
         stored=container.stored,
         files=container.files,
     )
@@ -273,7 +279,9 @@ def describe(job: Job) -> dict[str, Any]:
 
 def readers(job: Job) -> str:
     """Who loads the output: whoever loads its most unusual layer."""
-    return least_capable({job.format.readers(linear.scheme, linear.shape) for linear in job.plan.linears})
+    linears = job.plan.linears
+    said = {job.format.readers(linear.scheme, linear.shape) for linear in linears}
+    return least_capable(said or {job.format.readers(QuantScheme())})
 
 
 def _wanted(recipe: Recipe, method: Method | None, transforms: tuple[Transform, ...], schemes: Any) -> frozenset[str]:

@@ -152,7 +152,7 @@ def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:
 
 def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
     """Read everything back: the bytes of each tensor, and that each linear unpacks to exactly what was solved."""
-    from qtool.solving.record import digest, digest_bytes, read_back
+    from qtool.solving.record import digest_bytes, digest_written
 
     written = open_checkpoint(staged.folder)
     for done, unit in enumerate(job.plan.units):
@@ -163,7 +163,7 @@ def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
                     f"`{name}` reads back other bytes than were written to {staged.folder}: a faulty disk?"
                 )
         for linear in unit.linears:
-            if digest(read_back(written, job, linear)) != record["solved"][linear.module]:
+            if digest_written(written, job, linear) != record["solved"][linear.module]:
                 raise QtoolError(f"`{linear.module}` does not unpack to what was solved: please report this bug")
         progress("verify", done + 1, len(job.plan.units), unit.name)
 

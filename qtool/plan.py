@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -104,12 +104,17 @@ class Plan:
         """The same as `bits_per_weight` with all that the format adds, such as padding."""
         others = {kept.source.name for kept in self.kept} | {info.name for unit in self.units for info in unit.added}
         size_bytes = sum(info.size_bytes for name, info in self.outputs.items() if name not in others)
-        return 8 * size_bytes / sum(prod(linear.shape) for linear in self.linears)
+        return 8 * size_bytes / self.weights if self.linears else 0.0
 
     @property
     def bits_per_weight(self) -> float:
         """Of the quantized weights, scales and zeros included."""
-        return sum(linear.size_bits for linear in self.linears) / sum(prod(linear.shape) for linear in self.linears)
+        return sum(linear.size_bits for linear in self.linears) / self.weights if self.linears else 0.0
+
+    @property
+    def weights(self) -> int:
+        """How many weights are quantized."""
+        return sum(prod(linear.shape) for linear in self.linears)
 
 
 def make_plan(
@@ -124,12 +129,14 @@ def make_plan(
     scheme_of: Callable[[str, tuple[int, ...]], QuantScheme | None] | None = None,
     stored: Stored = _as_it_is,
     files: Files = _in_no_file,
+    written_out: Collection[str] = (),
 ) -> Plan:
     """The plan for a checkpoint's headers. `fused` names linears (relative to a block) that are served as one;
     `solvable` says which modules the method can work on, `storable` why the format cannot store a linear, if so,
     `transposed` which modules store their weight [in, out]. `added` are tensors that the source does not have.
     `scheme_of` gives module and shape their scheme where it is not the same for all, None to keep a matrix as it is.
-    `stored` and `files` are those of the container. Raises UsageError with every problem in it."""
+    `stored` and `files` are those of the container. `written_out` are quantized tensors that become dense.
+    Raises UsageError with every problem in it."""
     problems: list[str] = []
     hints: list[str] = []
     for pattern in (*recipe.layers, *recipe.ignore):
@@ -142,6 +149,8 @@ def make_plan(
     for info in tensors.values():
         module = info.name.removesuffix(".weight")
         reason = _why_kept(info, recipe.ignore)
+        if info.name in written_out:
+            reason = Kept(info, "written out as it is worth", True)
         if reason:
             kept.append(reason)
             modules.append(module)
@@ -162,7 +171,7 @@ def make_plan(
     if solvable:
         _check_solvable([x for x in linears if not solvable(x.module)], recipe.method, problems, hints)
     _check_fused(linears, tuple(fused), set(modules), problems, hints)
-    if not linears and not problems:
+    if not linears and not problems and not written_out:
         problems.append("no tensor of this checkpoint is a linear layer to quantize")
     unasked = [k for k in kept if not k.asked]
     if recipe.strict and unasked:
@@ -244,7 +253,7 @@ def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) 
         divisor = inputs & -inputs  # the largest power of two that divides
         usable = wanted.kind == "int" and wanted.group_size and 16 <= divisor < wanted.group_size
         smaller = f", or use `--scheme {dataclasses.replace(wanted, group_size=divisor)}`" if usable else ""
-        if wanted.kind in ("nf4", "nf4-dq"):  # their format has nothing that fits every shape
+        if wanted.kind in ("nf4", "nf4-dq", "fp4", "fp4-dq"):  # their format has nothing that fits every shape
             hints.append(f"leave these layers as they are: `--ignore '{pattern}'`")
             continue
         instead = "fp8-dynamic" if wanted.kind == "fp8-e4m3" else "int8-channel-sym"

@@ -19,6 +19,7 @@ from typing import Any
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError, unknown
 from qtool.formats import get_format
+from qtool.gguf.checkpoint import GGUFCheckpoint
 from qtool.gguf.container import GGUFContainer
 from qtool.gguf.model import GGUFModel
 from qtool.headers import DTYPE_BITS, scale_dtype
@@ -108,7 +109,7 @@ class Target:
     def bits(self) -> str:
         """Bits per weight, scales and zero points included: of a matrix of 4096 x 4096, of a mix of Llama 3.1 8B."""
         if self.mix:
-            return f"{mix_bits(self.mix, self.needs_data):.3g}"
+            return f"{mix_bits(self.mix, self.needs_data):.4g}"
         return " and ".join(f"{scheme.bits_per_weight((4096, 4096)):.4g}" for scheme in self.schemes)
 
     def hardware(self, engine: str) -> tuple[str, ...]:
@@ -207,7 +208,7 @@ TARGETS = (
            gptqmodel=GPUS, format="awq", transforms=("awq",)),
     Target("gguf-q4_k_m", "4-bit integers", "q4_k_m", "gptq", "the default at 4 bits in llama.cpp",
            llama_cpp=EVERYWHERE),
-    Target("gguf-iq4_xs", "4-bit integers", "iq4_xs", "gptq", "a tenth smaller than Q4_K_M; slower on CPUs",
+    Target("gguf-iq4_xs", "4-bit integers", "iq4_xs", "gptq", "a tenth smaller than Q4_K_M",
            llama_cpp=EVERYWHERE),
     Target("gguf-q4_k_m-rtn", "4-bit integers", "q4_k_m", "rtn", "Q4_K_M without data, or from an imatrix",
            llama_cpp=EVERYWHERE),
@@ -283,15 +284,19 @@ def recommend(
     kind = checkpoint.config.get("model_type", checkpoint.config.get("gguf_architecture"))
     with_data = has_data and kind in ARCHITECTURES
     needed = None if budget_bytes is None else memory(checkpoint, context, batch)
+    gguf = _container(checkpoint)
     candidates, left_out = [], {}
     for target in _considered(engine, hardware):
         if target.needs_data and not with_data:
             continue
-        try:
-            weight_bytes = _weight_bytes(target, checkpoint, linears, kept)
-        except QtoolError as error:
-            left_out[target.name] = error.message.splitlines()[0]
+        problem = gguf if target.mix and isinstance(gguf, str) else _problem(target, linears)
+        if problem:
+            left_out[target.name] = problem
             continue
+        if target.mix and isinstance(gguf, GGUFContainer):
+            weight_bytes = _mix_bytes(target, target.mix, checkpoint, gguf)
+        else:
+            weight_bytes = _weight_bytes(target, linears, kept)
         total, fits = None, None
         if needed and budget_bytes is not None:
             total = weight_bytes + needed.kv_cache.size_bytes[target.kv or "fp16"]
@@ -305,8 +310,6 @@ def recommend(
         why = next((f" for this model: {name}: {problem}" for name, problem in left_out.items()), "")
         raise QtoolError(f"no recipe is {considered}{why}", "leave out --engine or --hardware to see what there is")
     reasons = [f"considered: {considered}" + ("" if hardware else "; name yours with --hardware")]
-    if not engine and hardware not in AT_HOME:
-        reasons.append(f"for GGUF files (llama.cpp, Ollama, LM Studio) add `--engine {LLAMA_CPP}`")
     if has_data and not with_data:
         reasons.append(
             f"qtool cannot run models of architecture `{kind}`, so only recipes without data were considered"
@@ -330,10 +333,13 @@ def recommend(
         if target.needs_data:
             reasons.append(f"it needs data: {target.rows} rows of text like what the model will see")
         if target.mix:
-            reasons += GGUFModel.of_config(checkpoint.config).notes
-    elif engine == LLAMA_CPP:
+            assert isinstance(gguf, GGUFContainer)
+            reasons += gguf.model.notes
+    elif engine == LLAMA_CPP and not isinstance(checkpoint, GGUFCheckpoint):
         command = _unrounded(checkpoint, linears)
         reasons.append(f"{LLAMA_CPP} loads GGUF files only: the command makes one of the same weights")
+    if not engine and hardware not in AT_HOME:
+        reasons.append(f"for a GGUF file (llama.cpp, Ollama, LM Studio) add `--engine {LLAMA_CPP}`")
     others = [c.recipe for c in candidates if c.recipe != chosen and c.fits is not False]
     return Recommendation(str(checkpoint.path), chosen, command, reasons, others, candidates, left_out)
 
@@ -428,34 +434,52 @@ def _scheme_of(target: Target, module: str) -> QuantScheme:
     return QuantScheme.parse(fitting[-1] if fitting else target.scheme)
 
 
-def _weight_bytes(target: Target, checkpoint: Checkpoint, linears: list[Linear], kept: list[Kept]) -> int:
-    """All tensors, without the padding that a format may add. Raises QtoolError where the model cannot take it."""
+def _problem(target: Target, linears: list[Linear]) -> str | None:
+    """Why the model cannot take it, or None. A mix has something for every shape."""
     if target.mix:
-        return _mix_bytes(target, target.mix, checkpoint)
+        return None
     for pattern, _ in target.layers:
         if not any(matches(linear.module, pattern) for linear in linears):
-            raise UsageError(f"no layer is called `{pattern}`")
+            return f"no layer is called `{pattern}`"
     format = get_format(target.format) if target.format != "auto" else None
-    rounded = 0
-    for linear in (replace(linear, scheme=_scheme_of(target, linear.module)) for linear in linears):
-        error = linear.scheme.shape_error(linear.shape)
+    for linear in linears:
+        scheme = _scheme_of(target, linear.module)
+        error = scheme.shape_error(linear.shape)
         if format and not error:
-            error = format.problem(linear.scheme, linear.shape)
-            if linear.transposed:
+            error = format.problem(scheme, linear.shape)
+            if linear.transposed and not format.takes_transposed:
                 error = f"it is stored [in, out], which readers of {format.name} do not know"
         if error:
-            raise UsageError(f"`{linear.module}`: {error}")
-        if format:
-            rounded += sum(info.size_bytes for info in format.tensors(linear))
+            return f"`{linear.module}`: {error}"
+    return None
+
+
+def _weight_bytes(target: Target, linears: list[Linear], kept: list[Kept]) -> int:
+    """All tensors; without the padding that a format may add, where the recipe names none."""
+    rounded = 0
+    for linear in linears:
+        scheme = _scheme_of(target, linear.module)
+        if target.format == "auto":
+            rounded += ceil(scheme.size_bits(linear.shape, DTYPE_BITS[scale_dtype(linear.source.dtype)]) / 8)
         else:
-            scale_bits = DTYPE_BITS[scale_dtype(linear.source.dtype)]
-            rounded += ceil(linear.scheme.size_bits(linear.shape, scale_bits) / 8)
+            tensors = get_format(target.format).tensors(replace(linear, scheme=scheme))
+            rounded += sum(info.size_bytes for info in tensors)
     return rounded + sum(k.source.size_bytes for k in kept)
 
 
-def _mix_bytes(target: Target, mix: Mix, checkpoint: Checkpoint) -> int:
-    """The tensors of a GGUF file. Raises QtoolError for what llama.cpp cannot load."""
-    container = GGUFContainer(GGUFModel.of_config(checkpoint.config), {}, {})
+def _container(checkpoint: Checkpoint) -> GGUFContainer | str:
+    """The model as a GGUF file, or why llama.cpp cannot have it."""
+    try:
+        container = GGUFContainer(GGUFModel.of_config(checkpoint.config), {}, {})
+        for info in checkpoint.tensors.values():
+            container.stored(info)
+    except QtoolError as error:  # what it says is what people want to know
+        return error.message
+    return container
+
+
+def _mix_bytes(target: Target, mix: Mix, checkpoint: Checkpoint, container: GGUFContainer) -> int:
+    """All tensors of a GGUF file."""
     mixed = _Mixed(mix, container, checkpoint.config, checkpoint.tensors, target.needs_data)
     ignore = tuple(pattern for pattern in DEFAULT_IGNORE if pattern not in EMBEDDINGS)
     plan = make_plan(

@@ -244,7 +244,7 @@ KV_SCHEMES = {  # of the key/value cache, with one fixed scale for keys and one 
 
 def packed_words(count: int, bits: int) -> int:
     """32-bit words that hold a dense stream of `count` codes of `bits` bits."""
-    return ceil(count * bits / 32)
+    return -(-count * bits // 32)
 
 
 def _of_kind(text: str) -> QuantScheme | None:

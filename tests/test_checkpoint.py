@@ -203,9 +203,9 @@ def test_a_path_that_is_not_there(model: str) -> None:
 
 
 def test_a_file_of_another_type(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match=r"model\.gguf is not a \.safetensors file"):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"model\.bin is neither a \.safetensors nor a \.gguf file"):
         locate(str(path))
 
 

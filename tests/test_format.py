@@ -369,9 +369,9 @@ def test_another_quantization_method_is_named(tmp_path: Path) -> None:
     write_packed(
         tmp_path,
         {GROUPED: "int4-g16-sym"},
-        lambda tensors, config: config["quantization_config"].update(quant_method="awq"),
+        lambda tensors, config: config["quantization_config"].update(quant_method="quip"),
     )
-    with pytest.raises(QtoolError, match="is quantized as `awq`"):
+    with pytest.raises(QtoolError, match="is quantized as `quip`"):
         Weights(Checkpoint(tmp_path))
 
 

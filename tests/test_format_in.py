@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.checkpoint.reader import Checkpoint
+from qtool.cli import run
 from qtool.errors import QtoolError, UsageError
 from qtool.formats import Format, get_format, reader_of
 from qtool.formats.compressed_tensors import CompressedTensors
@@ -217,6 +218,11 @@ def test_a_model_of_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> No
     assert set(weights.shapes) == set(model.state_dict())
     for name, read in weights.read(weights.shapes).items():
         same(read, model.get_parameter(name).data)
+    out = tmp_path / "dense"
+    assert run(["quantize", str(tmp_path), "-o", str(out), "--format", "dense", "-q"]) == 0
+    written = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        same(written.get_parameter(name).data, tensor)
 
 
 def test_a_linear_of_mxfp4(tmp_path: Path) -> None:

@@ -18,20 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool.cli import run as run_command
-from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import StagedOutput, partial_path
+from qtool.cli import run as run_command
 from qtool.errors import QtoolError, UsageError
 from qtool.evaluation.evaluate import evaluate
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import GGUFCheckpoint, open_checkpoint
-from qtool.job import describe, prepare
+from qtool.job import prepare
 from qtool.methods import METHODS
 from qtool.pipeline import MANIFEST, RunOptions, quantize
-from qtool.recipe import DEFAULT_IGNORE, PROTOCOLS, DataSpec, EvalSpec, build
-from qtool.report.views import plan_view
-from qtool.solving import unit as solving_unit
+from qtool.recipe import PROTOCOLS, DataSpec, EvalSpec, build
+from qtool.solving import record
 from qtool.solving.record import UnitRecord
+from qtool.solving.unit import UnitWork
 from qtool.transforms import TRANSFORMS
 from tests.conftest import MakeModel
 
@@ -93,14 +92,14 @@ def made(make_model: MakeModel, calibration_text: Path, tmp_path_factory: pytest
     def make(kind: str, method: str) -> tuple[Path, Path, Any, dict[str, torch.Tensor]]:
         model, out = make_model(kind, **KINDS[kind]), tmp_path_factory.mktemp(f"{kind}-{method}") / "out"
         solved: dict[str, torch.Tensor] = {}
-        add = UnitRecord.add
+        pack = UnitRecord.pack
 
-        def noted(self: UnitRecord, linear: Any, weight: Any, record: Any) -> None:
+        def noted(self: UnitRecord, linear: Any, weight: Any) -> None:
             solved[linear.source.name] = weight.dequantize().clone()
-            add(self, linear, weight, record)
+            pack(self, linear, weight)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(UnitRecord, "add", noted)
+            patch.setattr(UnitRecord, "pack", noted)
             report, _ = run(model, out, recipe_tree(calibration_text, method=method))
         return model, out, report, solved
 
@@ -297,7 +296,7 @@ def test_from_saved_statistics(make_model: MakeModel, calibration_text: Path, tm
 
     model, stats = make_model(), tmp_path / ("imatrix.gguf" if saved == "imatrix" else "stats")
     spec = DataSpec(str(calibration_text), rows=24, seqlen=32)
-    form = "imatrix" if saved == "imatrix" else "statistics"
+    form = "imatrix" if saved == "imatrix" else "stats"
     calibrate(prepare_calibration(str(model), spec, False, form), stats, CalibrateOptions("cpu"), quiet)
     tree = {"scheme": "q4_0", "method": "rtn" if saved == "imatrix" else "gptq", "stats": str(stats)}
     report, _ = run(model, tmp_path / "whole", tree)
@@ -349,8 +348,6 @@ def test_same_recipe_same_bytes_and_another_is_refused(
     assert (out / "model.gguf").stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"recipe\.scheme was `q4_0` and is now `q8_0`"):
         run(model, out, {**tree, "scheme": "q8_0"})
-    with pytest.raises(UsageError, match=r"recipe\.format was `gguf` and is now `compressed-tensors`"):
-        run(model, out, {**tree, "scheme": "int4-g32-sym"})
     report, up_to_date = run(model, out, {**tree, "scheme": "q8_0"}, dataclasses.replace(CPU, force=True))
     assert not up_to_date
     assert set(types_of(out).values()) == {"q8_0", "f32"}
@@ -384,11 +381,9 @@ def test_large_embeddings_are_rounded_a_few_rows_at_a_time(
         tree["ignore"] = ["*norm*", "*embed*"]
     run(model, tmp_path / "whole", tree)
     parts = []
-    by_rows = solving_unit.UnitWork._solve_by_rows
-    monkeypatch.setattr(solving_unit, "AT_ONCE", 37 * 256)
-    monkeypatch.setattr(
-        solving_unit.UnitWork, "_solve_by_rows", lambda self, name: (parts.append(name), by_rows(self, name))
-    )
+    by_rows = UnitWork._solve_by_rows
+    monkeypatch.setattr(record, "AT_ONCE", 37 * 256)
+    monkeypatch.setattr(UnitWork, "_solve_by_rows", lambda self, name: (parts.append(name), by_rows(self, name)))
     run(model, tmp_path / "parts", tree)
     assert {"lm_head", "model.embed_tokens"} - set(parts) == ({"model.embed_tokens"} if format == "qtool" else set())
     for path in (tmp_path / "whole").iterdir():
@@ -396,3 +391,202 @@ def test_large_embeddings_are_rounded_a_few_rows_at_a_time(
     reports = [json.loads((tmp_path / name / MANIFEST).read_text())["report"] for name in ("whole", "parts")]
     for one, other in zip(*(report["layers"] for report in reports), strict=True):
         assert one["weight_error"] == pytest.approx(other["weight_error"], rel=1e-5)
+
+
+# --- what is asked for --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(make_model: MakeModel, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """`plain(*arguments, model=...) -> types`: the types in the file that `qtool quantize` by rtn makes."""
+
+    def make(*arguments: str, model: Path | None = None) -> dict[str, str]:
+        command = ["quantize", str(model or make_model()), "-o", str(tmp_path / "out"), "--method", "rtn", "-q"]
+        assert run_command([*command, *arguments]) == 0
+        return types_of(tmp_path / "out")
+
+    return make
+
+
+def test_embeddings_can_be_left_alone(make_model: MakeModel, plain: Any) -> None:
+    """A mix rounds them; asked to, by the very pattern that other schemes ignore by themselves, it does not."""
+    for pattern in ("*embed*", "*embed_tokens"):
+        types = plain("--scheme", "q8_0", "--ignore", pattern, "--force")
+        assert types.pop("model.embed_tokens") == "bf16"
+        assert set(types.values()) == {"q8_0", "f32"}
+    types = plain("--scheme", "q8_0", "--ignore", "*lm_head", "--force", model=make_model(tied=False))
+    assert (types["lm_head"], types["model.embed_tokens"]) == ("bf16", "q8_0")
+    types = plain("--scheme", "q8_0", "--set", "ignore=[*o_proj, *embed*]", "--force")
+    assert {name for name, kind in types.items() if kind == "bf16"} == {
+        "model.embed_tokens", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"
+    }  # fmt: skip
+
+
+def test_layers_can_have_types_of_their_own(make_model: MakeModel, plain: Any, capsys: Any) -> None:
+    model = make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    layers = ["--layer", "*embed_tokens=q8_0", "--layer", "*.down_proj=q6_k", "--layer", "*.o_proj=f16"]
+    types = plain("--scheme", "q4_k_m", *layers, model=model)
+    assert types["model.embed_tokens"] == "q8_0"
+    assert types["model.layers.0.mlp.down_proj"] == "q6_k"
+    assert types["model.layers.0.self_attn.o_proj"] == "f16"
+    assert types["model.layers.0.self_attn.q_proj"] == "q4_k"
+    capsys.readouterr()
+    plain("--scheme", "q6_k", "--layer", "*_proj=q8_0", "--force")
+    assert capsys.readouterr().err == "warning: q5_1 instead of q6_k: 64 inputs are not a multiple of 256\n"
+    plain("--scheme", "q6_k", "--layer", "*=q8_0", "--force")  # nothing is left of what the mix cannot have
+    assert capsys.readouterr().err == ""
+
+
+def test_schemes_and_mixes_of_one_name(plain: Any) -> None:
+    """`mxfp4a16` is a scheme that leaves embeddings alone, `mxfp4` in GGUF a mix that does not."""
+    types = plain("--scheme", "mxfp4a16", "--format", "gguf")
+    assert (types["model.embed_tokens"], types["model.layers.0.mlp.up_proj"]) == ("bf16", "mxfp4")
+    types = plain("--scheme", "mxfp4", "--format", "gguf", "--force")
+    assert (types["model.embed_tokens"], types["model.layers.0.mlp.up_proj"]) == ("q8_0", "mxfp4")
+    assert plain("--format", "gguf", "--force") == plain("--scheme", "q4_k", "--force")  # q4_k_m, by its alias
+    assert set(plain("--scheme", "BF16", "--force").values()) == {"bf16", "f32"}
+
+
+def test_a_head_that_a_rotation_unties_is_what_the_mix_says(make_model: MakeModel, plain: Any) -> None:
+    tied = plain("--scheme", "q4_k_m", "--transform", "rotation")
+    untied = plain("--scheme", "q4_k_m", "--transform", "rotation", "--force", model=make_model(tied=False))
+    assert tied == untied
+    assert (tied["lm_head"], tied["model.embed_tokens"]) == (OF_64["q6_k"], OF_64["q4_k"])
+    kept = plain("--scheme", "q4_k_m", "--transform", "rotation", "--ignore", "*lm_head", "--force")
+    assert kept["lm_head"] == "bf16"
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[str, str, str, str]] = {  # model, what is typed, the beginning of the error, part of the hint
+    "kv": ("llama", "--scheme q4_k_m --kv fp8", "a GGUF file has no place for how keys and values", "leave --kv out"),
+    "not-a-type": ("llama", "--scheme int4-g32-sym --format gguf", "int4-g32-sym is not a type", "`--scheme q4_k_m`"),
+    "activations": ("llama", "--scheme w8a8 --format gguf", "int8-channel-sym+int8-token is not a type", "q8_0"),
+    "mix-as-awq": ("llama", "--scheme q4_k_m --format awq", "`q4_k_m` is a mix of llama.cpp's", "`--format gguf`"),
+    "mix-as-dense": ("llama", "--scheme q4_k --format dense", "`q4_k_m` is a mix of llama.cpp's", "`--format gguf`"),
+    "layer": (
+        "llama", "--scheme q4_k_m --layer *.down_proj=int8-channel-sym",
+        "`model.layers.0.mlp.down_proj` cannot be int8-channel-sym in this output", "another scheme",
+    ),
+    "width": (
+        "llama", "--scheme q4_k_m --layer *.down_proj=q6_k",
+        "`model.layers.0.mlp.down_proj.weight` cannot use q6_k: 128 inputs are not a multiple of 256",
+        "`--layer '*.down_proj=q8_0'`",
+    ),
+    "two-formats": (
+        "llama", "--scheme int4-g32-sym --layer *.down_proj=q8_0", "no format stores int4-g32-sym and q8_0", "dense"
+    ),
+    "strict": ("llama", "--scheme q4_k_m --strict", "--strict: q5_1 instead of q6_k", "--layer"),
+    "architecture": ("opt", "--scheme q4_k_m", "qtool cannot write the architecture `opt` for llama.cpp", "llama, "),
+    "transposed": ("gpt2", "--scheme q4_k_m", "qtool cannot write the architecture `gpt2` for llama.cpp", "llama, "),
+    "tokenizer": ("lowercase", "--scheme q8_0", "the tokenizer has the normalizer Lowercase", ""),
+    "cut-off": ("cut-off", "--scheme q8_0", "model/model.safetensors is truncated or not a safetensors file", "again"),
+    "misnamed": ("misnamed", "--scheme q8_0", "llama.cpp has no place for `model.layers.0.mlp.extra.weight`", ""),
+    "no-rotation": ("gemma2", "--scheme q8_0 --transform rotation", "model cannot take `rotation`", "leave"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_said_in_a_line(
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+) -> None:
+    kind, typed, message, hint = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(make_model(kind if kind in ("opt", "gpt2", "gemma2") else "llama"), "model")
+    weights = Path("model/model.safetensors")
+    if kind == "lowercase":
+        tokenizer = json.loads(Path("model/tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "Lowercase"}
+        Path("model/tokenizer.json").write_text(json.dumps(tokenizer))
+    elif kind == "cut-off":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "misnamed":
+        extra = {"model.layers.0.mlp.extra.weight": torch.ones(32, 64)}
+        save_file({**load_file(weights), **extra}, weights, {"format": "pt"})
+    capsys.readouterr()
+    code = run_command(["quantize", "model", "-o", "out", "--method", "rtn", *typed.split()])
+    out, err = capsys.readouterr()
+    assert code == (1 if kind == "cut-off" else 2)
+    first, *rest = err.splitlines()
+    assert out == ""
+    assert first.startswith(f"error: {message}")
+    assert hint in "".join(rest)
+    assert len(rest) == (2 if hint else len(rest) and 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_output_is_a_folder(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["quantize", str(make_model()), "-o", str(tmp_path / "x.gguf"), "--scheme", "q4_k_m"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'x.gguf'} is the name of a file, but the output is a folder\n\n"
+        f"hint: `-o {tmp_path / 'x'}`\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_and_bad_weights_leave_nothing(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tree = tmp_path / "model", {"scheme": "q8_0", "method": "rtn"}
+    shutil.copytree(make_model(), model)
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
+        with pytest.raises(QtoolError, match=r"no space for .*out: it needs 0\.00 GB, 0\.00 GB are free"):
+            run(model, tmp_path / "out", tree)
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"):
+        bad = {**tensors, name: tensors[name].clone()}
+        bad[name].view(-1)[5] = float("nan")
+        save_file(bad, model / "model.safetensors", {"format": "pt"})
+        with pytest.raises(QtoolError, match=f"`{name}` has 1 NaN or infinite values of {bad[name].numel()}"):
+            run(model, tmp_path / "out", tree)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_reads_back_otherwise_is_an_error(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qtool.formats.gguf import GGUF
+
+    pack = GGUF.pack
+
+    def faulty(self: GGUF, module: str, weight: Any, dtype: str) -> dict[str, torch.Tensor]:
+        tensors = pack(self, module, weight, dtype)
+        if module.endswith("1.mlp.up_proj"):
+            tensors[module + ".weight"][3, 4] ^= 1
+        return tensors
+
+    monkeypatch.setattr(GGUF, "pack", faulty)
+    with pytest.raises(QtoolError, match=r"model\.layers\.1\.mlp\.up_proj` does not unpack to what was solved"):
+        run(make_model(), tmp_path / "out", {"scheme": "q8_0", "method": "rtn"})
+    assert not list(tmp_path.iterdir())
+
+
+# --- before any work ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_a_dry_run_tells_sizes_readers_and_what_is_otherwise(
+    made: Any, calibration_text: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out, report, _ = made(kind, "gptq")
+    capsys.readouterr()
+    command = ["quantize", str(model), "--scheme", "q4_k_m", "--data", str(calibration_text), "--dry-run"]
+    assert run_command([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["format"] == "gguf"
+    assert plan["readers"] == report.readers == "llama.cpp, Ollama, LM Studio"
+    assert plan["bytes_after"] == report.bytes_after == GGUFCheckpoint(out).size_bytes
+    assert plan["bits_per_weight"] == report.bits_per_weight
+    assert {(layer["scheme"], layer["layers"]) for layer in plan["layers"]}
+    assert "iq4_nl instead of q4_k: 64 inputs are not a multiple of 256" in plan["notes"]
+    assert any("no sliding window" in note for note in plan["notes"]) == (kind == "phi3")
+    assert set(plan["notes"]) <= set(report.notes)
+    assert run_command(command) == 0
+    shown = capsys.readouterr().out
+    assert all(note in shown for note in plan["notes"])

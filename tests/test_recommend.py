@@ -42,7 +42,8 @@ BY_NAME = {target.name: target for target in TARGETS}
 def headers(tmp_path, kind="llama", **changed):
     """A llama of which only headers exist; `changed` overrides shapes of linears (`down_proj=(512, 1000)`)."""
     config = {"model_type": kind, "num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 8192}  # fmt: skip
+              "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 8192, "vocab_size": VOCABULARY,
+              "intermediate_size": WIDE, "tie_word_embeddings": False}  # fmt: skip
     tensors = [("model.embed_tokens.weight", (VOCABULARY, HIDDEN)), ("lm_head.weight", (VOCABULARY, HIDDEN))]
     tensors.append(("model.norm.weight", (HIDDEN,)))
     for layer in range(LAYERS):
@@ -160,7 +161,13 @@ def test_an_fp8_cache_counts_half(model):
         ("vllm", "cpu", False, "w4a16-rtn"),
         ("transformers", "cpu", True, "llm-int8"),
         ("bitsandbytes", "ampere", False, "llm-int8"),
-        (None, "m3", True, "nf4"),
+        (None, "m3", True, "gguf-q8_0"),
+        (None, "cpu", True, "gguf-q8_0"),
+        ("bitsandbytes", "m3", True, "nf4"),
+        ("llama.cpp", None, True, "gguf-q8_0"),
+        ("Ollama", "rtx 3090", False, "gguf-q8_0"),
+        ("LM Studio", "apple", True, "gguf-q8_0"),
+        ("llama-cpp", "h100", True, "gguf-q8_0"),
     ],
 )
 def test_without_a_budget_engine_and_hardware_decide(model, engine, hardware, has_data, expected):
@@ -173,15 +180,19 @@ def test_without_a_budget_engine_and_hardware_decide(model, engine, hardware, ha
 @pytest.mark.parametrize("engine", [None, *ENGINES])
 @pytest.mark.parametrize("hardware", [None, *HARDWARE])
 def test_candidates_are_what_the_table_says(model, engine, hardware):
-    """Against a walk over the table's own fields."""
+    """Against a walk over the table's own fields: GGUF is for its engine, and for CPUs and Apple, where it leads."""
     wanted = [hardware] if hardware else list(GPUS)
     expected = []
     for target in TARGETS:
-        places = {"vllm": target.vllm, "sglang": target.sglang, "transformers": target.bitsandbytes,
-                  "bitsandbytes": target.bitsandbytes}  # fmt: skip
-        engines = [engine] if engine else list(places)
+        places = {"vllm": target.vllm, "sglang": target.sglang, "transformers": target.bitsandbytes + target.gptqmodel,
+                  "bitsandbytes": target.bitsandbytes, "llama.cpp": target.llama_cpp}  # fmt: skip
+        engines = [engine] if engine else [*places] if hardware in ("cpu", "apple") else [*places][:-1]
         if any(all(w in places[e] for w in wanted) for e in engines):
             expected.append(target.name)
+    if engine is None and hardware in ("cpu", "apple"):
+        first = [name for name in expected if name.startswith("gguf")]
+        expected = [name for quality in CLASSES for part in (first, [n for n in expected if n not in first])
+                    for name in part if BY_NAME[name].quality == quality]  # fmt: skip
     if not expected:
         with pytest.raises(QtoolError, match="no recipe is what runs in"):
             recommend(model, engine, hardware)
@@ -196,7 +207,8 @@ def test_cards_are_of_known_hardware():
     assert set(CARDS.values()) == set(HARDWARE)
     for target in TARGETS:
         assert target.quality in CLASSES
-        assert {*target.vllm, *target.sglang, *target.bitsandbytes} <= set(HARDWARE)
+        engines = (target.vllm, target.sglang, target.bitsandbytes, target.gptqmodel, target.llama_cpp)
+        assert {name for engine in engines for name in engine} <= set(HARDWARE)
 
 
 def test_shapes_and_names_that_do_not_fit_are_told(tmp_path):
@@ -207,8 +219,8 @@ def test_shapes_and_names_that_do_not_fit_are_told(tmp_path):
     reason = "`model.layers.0.mlp.down_proj`: 1056 inputs are not a multiple of 128"
     assert found.left_out["w4a16-gptq"] == found.left_out["fp8-block"] == reason
     assert (
-        f"w4a16-gptq, w4a16-gptaq, w4a16-asym-gptq, w4a16-gptq-fp8-kv, w4a16-awq, w4a16-rtn, w3a16-gptaq: {reason}"
-        in ("\n".join(plain_lines(recommendation_view(found))))
+        "w4a16-gptq, w4a16-gptaq, w4a16-asym-gptq, w4a16-gptq-fp8-kv, w4a16-awq, w4a16-rtn, gptq-w4, awq-w4, "
+        f"w3a16-gptaq: {reason}" in ("\n".join(plain_lines(recommendation_view(found))))
     )
     tensors = [TensorInfo(i.name.replace("down_proj", "out"), i.dtype, i.shape) for i in odd.tensors.values()]
     renamed = recommend(Checkpoint.from_headers(tmp_path, {"model_type": "other"}, tensors), has_data=True)
@@ -232,7 +244,8 @@ def test_a_layer_of_its_own_must_exist(tmp_path):
     ("engine", "hardware", "message", "hint"),
     [
         ("vlm", None, "unknown engine `vlm`", "`vllm`"),
-        ("tgi", None, "unknown engine `tgi`", "known: vllm, sglang, transformers, bitsandbytes"),
+        ("tgi", None, "unknown engine `tgi`", "known: vllm, sglang, transformers, bitsandbytes, llama.cpp, ollama"),
+        ("olama", None, "unknown engine `olama`", "`ollama`"),
         (None, "hoper", "unknown hardware `hoper`", "`hopper`"),
         (None, "h1000", "unknown hardware `h1000`", "`h100`"),
     ],
@@ -252,6 +265,127 @@ def test_a_quantized_model_is_refused(make_model, tmp_path):
     assert run(["quantize", str(model), "-o", str(out), "--scheme", "w8a16", "--method", "rtn", "-q"]) == 0
     with pytest.raises(UsageError, match="already quantized"):
         recommend(Checkpoint(out))
+
+
+# GGUF
+
+EMBEDDINGS = 2 * VOCABULARY * HIDDEN  # embedding and head are rounded, too
+
+
+def test_gguf_recipes_are_weighed_as_their_files(model):
+    found = recommend(model, "llama.cpp")
+    sizes = {c.recipe: c.weight_bytes for c in found.candidates}
+    norms = 4 * HIDDEN  # in 32 bits
+    values = LAYERS * sum(rows * inputs for rows, inputs in SHAPES.values())
+    assert sizes["gguf-q8_0"] == (values + EMBEDDINGS) * 34 // 32 + norms
+    assert sizes["gguf-q6_k"] == (values + EMBEDDINGS) * 210 // 256 + norms
+    # Q4_K_M of two blocks: the second has its values and its down projection in Q6_K, and so has the head
+    more = 256 * HIDDEN + HIDDEN * WIDE + EMBEDDINGS // 2
+    assert (
+        sizes["gguf-q4_k_m"]
+        == sizes["gguf-q4_k_m-rtn"]
+        == ((values + EMBEDDINGS - more) * 144 // 256 + more * 210 // 256 + norms)
+    )
+    ranks = [c.weight_bytes for c in found.candidates if c.recipe != "gguf-q4_k_m-rtn"]
+    assert ranks == sorted(ranks, reverse=True)
+    assert found.candidates[0].scheme == "q8_0"
+
+
+def test_gguf_sizes_are_those_of_the_file(make_model, tmp_path):
+    from qtool.cli import run
+    from qtool.gguf.checkpoint import GGUFCheckpoint
+
+    model = make_model(hidden_size=256, intermediate_size=512)
+    found = {c.recipe: c.weight_bytes for c in recommend(Checkpoint(model), "llama.cpp").candidates}
+    words = BY_NAME["gguf-q4_k_m-rtn"].command(str(model)).replace("OUT", str(tmp_path / "out"))
+    assert run([*shlex.split(words)[1:], "-q"]) == 0
+    assert GGUFCheckpoint(tmp_path / "out").size_bytes == found["gguf-q4_k_m-rtn"]
+
+
+def test_gptq_and_awq_are_weighed_as_their_files(make_model, tmp_path):
+    from qtool.cli import run
+
+    model = make_model(hidden_size=128, intermediate_size=256)
+    found = {c.recipe: c.weight_bytes for c in recommend(Checkpoint(model), "vllm").candidates}
+    for name, scheme, format in (("gptq-w4", "w4a16", "gptq"), ("awq-w4", "int4-g128-asym", "awq")):
+        command = ["quantize", str(model), "-o", str(tmp_path / name), "--scheme", scheme, "--method", "rtn"]
+        assert run([*command, "--format", format, "-q"]) == 0
+        assert Checkpoint(tmp_path / name).size_bytes == found[name]
+
+
+def test_llama_cpp_wants_a_gguf_file_also_of_16_bits(model):
+    found = recommend(model, "ollama", budget_bytes=card(2 * DENSE), context=CONTEXT)
+    assert found.recipe is None
+    assert found.command == f"qtool quantize {model.path} -o OUT --scheme bf16 --method rtn"
+    page = plain_lines(recommendation_view(found))
+    assert page[0] == f"{model.path}: leave it in 16 bits"
+    assert "- llama.cpp loads GGUF files only: the command makes one of the same weights" in page
+    assert page[-1] == found.command
+    elsewhere = recommend(model, "vllm", budget_bytes=card(2 * DENSE), context=CONTEXT)
+    assert (elsewhere.recipe, elsewhere.command) == (None, None)
+    assert plain_lines(recommendation_view(elsewhere))[0] == f"{model.path}: leave it as it is"
+
+
+def test_a_gguf_file_of_floats_is_weighed_and_left_as_any_other(make_model, tmp_path):
+    from qtool.cli import run
+    from qtool.gguf.checkpoint import open_checkpoint
+
+    model = make_model(hidden_size=256, intermediate_size=512)
+    words = ["quantize", str(model), "-o", str(tmp_path / "f16"), "--scheme", "f16", "--method", "rtn", "-q"]
+    assert run(words) == 0
+    floats = open_checkpoint(tmp_path / "f16")
+    assert recommend(floats, "llama.cpp").recipe == "gguf-q8_0"
+    fits = recommend(floats, "llama.cpp", budget_bytes=1e9, context=64)
+    assert (fits.recipe, fits.command) == (None, None)
+    assert run(["quantize", str(tmp_path / "f16"), "-o", str(tmp_path / "q8"), "--scheme", "q8_0", "--method", "rtn",
+                "-q"]) == 0  # fmt: skip
+    with pytest.raises(UsageError, match="already quantized"):
+        recommend(open_checkpoint(tmp_path / "q8"), "llama.cpp")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"model_type": "opt"}, "qtool cannot write the architecture `opt` for llama.cpp"),
+        ({"num_local_experts": 8}, "qtool writes no mixtures of experts for llama.cpp"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+    ],
+)
+def test_what_llama_cpp_cannot_do_is_said(model, change, why):
+    model.config.update(change)
+    with pytest.raises(QtoolError, match=r"no recipe is what runs in llama\.cpp") as error:
+        recommend(model, "llama.cpp")
+    assert why in error.value.message
+    beside = recommend(model, hardware="cpu", has_data=False)
+    assert not any(c.recipe.startswith("gguf") for c in beside.candidates)
+    assert why in beside.left_out["gguf-q8_0"]
+
+
+def test_a_tensor_that_llama_cpp_has_no_place_for_is_said(model):
+    infos = [*model.tensors.values(), TensorInfo("model.layers.0.mlp.extra.weight", "BF16", (HIDDEN, HIDDEN))]
+    found = recommend(Checkpoint.from_headers(model.path, model.config, infos), hardware="cpu")
+    assert "llama.cpp has no place for `model.layers.0.mlp.extra.weight`" in found.left_out["gguf-q4_k_m"]
+
+
+def test_rows_that_do_not_fit_a_block_leave_nothing_out(tmp_path, model):
+    infos = [TensorInfo(i.name, i.dtype, (i.shape[0], 480), i.file) if "down_proj" in i.name else i
+             for i in model.tensors.values()]  # fmt: skip
+    found = recommend(Checkpoint.from_headers(tmp_path, model.config, infos), "llama.cpp")
+    assert found.left_out == {}
+    assert len(found.candidates) == sum(bool(target.llama_cpp) for target in TARGETS)
+
+
+def test_where_llama_cpp_differs_is_among_the_reasons(model):
+    model.config.update({"model_type": "mistral", "sliding_window": 128})
+    found = recommend(model, "llama.cpp")
+    assert any("window" in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize("hardware", [None, "h100", "cpu"])
+def test_who_names_no_engine_is_told_of_gguf(model, hardware):
+    found = recommend(model, hardware=hardware)
+    told = "for a GGUF file (llama.cpp, Ollama, LM Studio) add `--engine llama.cpp`" in found.reasons
+    assert told == (hardware != "cpu")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError, UsageError, shown
 from qtool.formats import Format
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header
 from qtool.formats.columns import (
@@ -127,7 +127,7 @@ class AWQ(Format):
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         config = checkpoint.config["quantization_config"]
         said = [config[key] for key in ("version", "checkpoint_format", "format") if config.get(key)]
-        layout = "llm-awq" if config.get("backend") == "llm-awq" else str([*said, "gemm"][0]).lower()
+        layout = "llm-awq" if config.get("backend") == "llm-awq" else shown([*said, "gemm"][0]).lower()
         if layout != "gemm":
             raise QtoolError(f"{checkpoint.path} is AWQ in the layout `{layout}`, which is not read: only `gemm` is")
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, shown
 from qtool.formats import Format
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header
 from qtool.formats.columns import (
@@ -147,11 +147,11 @@ class GPTQ(Format):
 
     def version_of(self, config: dict[str, Any]) -> Format:
         """The version that a checkpoint with this entry is in. Raises QtoolError for other layouts of that name."""
-        said = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+        said = shown(config.get("checkpoint_format") or config.get("format") or "gptq")
         version = next((v for v in (GPTQ(), GPTQv2()) if v.checkpoint_format == said), None)
         if version is None or config.get("is_marlin_format") or config.get("pack_dtype", "int32") != "int32":
             layout = "marlin" if config.get("is_marlin_format") else said
-            packed = config.get("pack_dtype", "int32")
+            packed = shown(config.get("pack_dtype", "int32"))
             raise QtoolError(
                 f"a GPTQ checkpoint in the layout `{layout}`, packed into {packed}, is not read",
                 "gptq and gptq_v2, packed into int32, are: make it again as one of them",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, shown
 from qtool.formats import FORMATS, READ_ONLY, Format, reader_of
 from qtool.headers import TORCH_NAMES, TensorInfo
 from qtool.models.architectures import ARCHITECTURES
 from qtool.scheme import ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qtool.numerics.grid import QTensor
 
-INPUT_SCALES = (".input_scale", ".input_global_scale")
+INPUT_SCALES = (".input_scale", ".activation_scale", ".input_global_scale")
 
 
 class Source(Protocol):
@@ -76,16 +78,23 @@ class Weights:
         self.dense = {name: checkpoint.tensors[name] for name in self.shapes}
         dtype = _dense_dtype(checkpoint.config)
         for module, (_, shape) in packed.items():
-            name = f"{module}.weight"
+            name = _dense_name(module, shape)
             self.shapes[name] = shape[::-1] if self.is_transposed(module) else shape
             self.dense[name] = TensorInfo(name, dtype, self.shapes[name])
+        self.experts = {module for module in packed if module in self.shapes}
+        self.changed |= self.experts  # which are dense wherever they are not quantized anew
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """float32 tensors by dense name. Raises QtoolError naming a tensor with NaN or infinity."""
+        import torch
+
         names = list(names)
         packed = {name: module for name in names if (module := name.removesuffix(".weight")) in self.schemes}
         result = dict(self.checkpoint.read_many((n for n in names if n not in packed), as_float32=True))
         for name, module in packed.items():
+            if module in self.experts:
+                result[name] = _experts(self.read_packed(module), self.shapes[name], torch.float32)
+                continue
             weight_OI = self.read_packed(module).dequantize()
             result[name] = weight_OI.T.contiguous() if self.is_transposed(module) else weight_OI
         for name in names:
@@ -99,7 +108,10 @@ class Weights:
         return self.format.unpack(module, parts, self.schemes[module])
 
     def matrix_shape(self, module: str) -> tuple[int, ...]:
-        """The shape [out, in] of a quantized weight."""
+        """The shape [out, in] of a quantized weight; of experts, which lie one below the other."""
+        if module in self.shapes:
+            experts, inputs, out = self.shapes[module]
+            return experts * out, inputs
         shape = self.shapes[f"{module}.weight"]
         return shape[::-1] if self.is_transposed(module) else shape
 
@@ -120,7 +132,12 @@ class Weights:
         return chosen
 
     def read_stored(self, name: str) -> Tensor:
-        return self.checkpoint.read(name)
+        import torch
+
+        if name not in self.experts:
+            return self.checkpoint.read(name)
+        dtype = getattr(torch, TORCH_NAMES[self.dense[name].dtype])
+        return _experts(self.read_packed(name), self.shapes[name], dtype)
 
     def roundings(self, unit: str) -> Mapping[str, tuple[ActivationScheme, Tensor | None]]:
         found: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
@@ -141,16 +158,32 @@ class Weights:
             raise QtoolError(
                 f"{self.checkpoint.path} says that its keys and values are rounded, but `{unit}` has no k_scale"
             )
-        scales = [
-            self.checkpoint.read(names[0].removesuffix("k_scale") + part).float() for part in ("k_scale", "v_scale")
-        ]
-        return self.kv, scales[0], scales[1]
+        keys, values = (names[0].removesuffix("k_scale") + part for part in ("k_scale", "v_scale"))
+        for name in (keys, values):
+            if name not in self.checkpoint.tensors or prod(self.checkpoint.tensors[name].shape) != 1:
+                raise QtoolError(f"`{name}` in {self.checkpoint.path} is not one number, the scale of keys or values")
+        return self.kv, self.checkpoint.read(keys).float(), self.checkpoint.read(values).float()
 
 
 def _dense_dtype(config: Mapping[str, Any]) -> str:
     """The type of a model's weights before they were quantized, by its config.json."""
     said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     return next((name for name, torch_name in TORCH_NAMES.items() if torch_name == said), "BF16")
+
+
+def _dense_name(module: str, shape: tuple[int, ...]) -> str:
+    """A linear's weight, or the tensor that holds all experts of a layer."""
+    return f"{module}.weight" if len(shape) == 2 else module
+
+
+def _experts(weight: QTensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The experts [E, I, O] of a weight [E * O, I], dequantized one at a time."""
+    import torch
+
+    experts_EIO = torch.empty(shape, dtype=dtype)
+    for expert_IO, part in zip(experts_EIO, weight.split([shape[2]] * shape[0]), strict=True):
+        expert_IO.copy_(part.dequantize().T)
+    return experts_EIO
 
 
 def _never(module: str) -> bool:
@@ -166,9 +199,9 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
     found = reader_of(str(method))
     if found is None:
         known = ", ".join(name for name in [*FORMATS, *READ_ONLY] if reader_of(name))
-        raise QtoolError(f"{checkpoint.path} is quantized as `{method}`; qtool reads: {known}")
+        raise QtoolError(f"{checkpoint.path} is quantized as `{shown(method)}`; qtool reads: {known}")
     if not isinstance(config, dict):
-        raise QtoolError(f"the quantization_config of {checkpoint.path} is `{config}`, not an object")
+        raise QtoolError(f"the quantization_config of {checkpoint.path} is `{shown(config)}`, not an object")
     return found.version_of(config)
 
 

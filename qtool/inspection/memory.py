@@ -15,7 +15,7 @@ from math import ceil, prod
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, shown
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import GGUFCheckpoint
 from qtool.headers import WEIGHT_DTYPES
@@ -42,6 +42,7 @@ LARGEST_KV_FIRST = ("fp16", "int8", "fp8", "int4")
 CARDS_GB = (8, 16, 24, 48, 80)
 USABLE = 0.9  # of a card's memory: what vLLM, too, takes unless told otherwise
 CACHING = ("full_attention", "sliding_attention", "chunked_attention")
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def _kv_cache(weights: Weights, context: int, batch: int, notes: list[str]) -> K
         vectors, dim = 1, _key(checkpoint, "kv_lora_rank") + _key(checkpoint, "qk_rope_head_dim")
     else:
         heads = _key(checkpoint, "num_attention_heads")
-        vectors = 2 * (config.get("num_key_value_heads") or heads)
-        dim = config.get("head_dim") or _key(checkpoint, "hidden_size") // heads
+        vectors = 2 * (_key(checkpoint, "num_key_value_heads") if config.get("num_key_value_heads") else heads)
+        dim = _key(checkpoint, "head_dim") if config.get("head_dim") else _key(checkpoint, "hidden_size") // heads
     limit = config_value(checkpoint.config, "max_position_embeddings")
     if isinstance(limit, int) and context > limit:
         notes.append(f"the model was made for at most {limit} tokens of context (max_position_embeddings)")
@@ -134,12 +135,14 @@ def _kv_cache(weights: Weights, context: int, batch: int, notes: list[str]) -> K
 def _layer_contexts(checkpoint: Checkpoint, context: int, notes: list[str]) -> list[int]:
     """How many tokens each layer with a cache holds."""
     config = text_config(checkpoint.config)
-    window = config.get("sliding_window")
     types = config.get("layer_types")
     if not types:
-        if window and window < context and config.get("use_sliding_window", True):
+        window = _key(checkpoint, "sliding_window") if config.get("sliding_window") else context
+        if window < context and config.get("use_sliding_window", True):
             notes.append(f"sliding_window {window} is not counted on: config.json has no `layer_types` for it")
-        return [context] * _key(checkpoint, "num_hidden_layers")
+        return [context] * _key(checkpoint, "num_hidden_layers", MOST_LAYERS)
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise QtoolError(f"the size of the KV cache is unknown: `layer_types` = `{shown(types)}`")
     limits = {"full_attention": context}
     if "sliding_attention" in types:
         limits["sliding_attention"] = min(context, _key(checkpoint, "sliding_window"))
@@ -150,7 +153,7 @@ def _layer_contexts(checkpoint: Checkpoint, context: int, notes: list[str]) -> l
     return [limits[t] for t in types if t in CACHING]
 
 
-def _key(checkpoint: Checkpoint, key: str) -> int:
+def _key(checkpoint: Checkpoint, key: str, most: int = 1 << 32) -> int:
     if isinstance(checkpoint, GGUFCheckpoint) and checkpoint.model is None:
         name = checkpoint.config["gguf_architecture"]
         raise QtoolError(f"the size of the KV cache is unknown: qtool does not know the architecture `{name}`")
@@ -158,10 +161,10 @@ def _key(checkpoint: Checkpoint, key: str) -> int:
         hint = "give the folder of the model" if checkpoint.path.is_file() else "put the model's config.json there"
         raise QtoolError(f"{checkpoint.path} has no config.json, which tells the size of the KV cache", hint)
     value = config_value(checkpoint.config, key)
-    if not isinstance(value, int) or value < 1:
-        shown = f"`{key}` = `{value}` in" if key in text_config(checkpoint.config) else f"no `{key}` in"
+    if not isinstance(value, int) or not 1 <= value <= most:
+        said = f"`{key}` = `{shown(value)}` in" if key in text_config(checkpoint.config) else f"no `{key}` in"
         where = checkpoint.path if isinstance(checkpoint, GGUFCheckpoint) else checkpoint.root / "config.json"
-        raise QtoolError(f"the size of the KV cache is unknown: {shown} {where}")
+        raise QtoolError(f"the size of the KV cache is unknown: {said} {where}")
     return value
 
 

@@ -158,8 +158,8 @@ def overview(checkpoint: Checkpoint) -> Overview:
         dtypes[kinds.get(info.name, info.dtype).upper()] += info.size_bytes
     return Overview(
         model=str(checkpoint.path),
-        architecture=(config.get("architectures") or [config.get("gguf_architecture", "unknown")])[0],
-        model_type=config.get("model_type"),
+        architecture=_name(config.get("architectures")) or _name(config.get("gguf_architecture")) or "unknown",
+        model_type=_name(config.get("model_type")),
         dimensions=_dimensions(checkpoint),
         files=len(checkpoint.files),
         tensors=len(checkpoint.tensors),
@@ -203,6 +203,12 @@ def _file_type(metadata: Mapping[str, Any]) -> str | None:
 
         name = next((kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind == number), None)
     return name or f"unknown ({number})"
+
+
+def _name(value: object) -> str | None:
+    """A name, or the first of a list of them; None for anything else that config.json may say."""
+    value = value[0] if isinstance(value, list) and value else value
+    return shown(value) if isinstance(value, str) else None
 
 
 def _notes(weights: Weights, found: list[Entry]) -> list[str]:
@@ -366,7 +372,7 @@ def _strings(value: object) -> list[str]:
 def _begins(module: str, regex: str) -> bool:
     try:
         return re.match(regex, module) is not None
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qtool.errors import UsageError
+from qtool.errors import UsageError, shown
 
 SPELLINGS = {  # what the older architectures call these keys of config.json
     "num_hidden_layers": ("n_layer",), "hidden_size": ("n_embd",), "intermediate_size": ("n_inner", "ffn_dim"),
@@ -163,10 +163,11 @@ def architecture_of(config: Mapping[str, Any], root: Path) -> Architecture:
 
     Raises UsageError for one that no entry describes.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in ARCHITECTURES:
         raise UsageError(
-            f"{root} is of architecture `{kind}`, which qtool cannot run; it runs {', '.join(sorted(ARCHITECTURES))}",
+            f"{root} is of architecture `{shown(kind)}`, which qtool cannot run; "
+            f"it runs {', '.join(sorted(ARCHITECTURES))}",
             "`qtool quantize --method rtn` without --eval runs no model and works on every safetensors checkpoint",
         )
     architecture = ARCHITECTURES[kind]

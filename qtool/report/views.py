@@ -34,7 +34,7 @@ def plan_view(plan: Tree) -> View:
         *([("KV cache", f"{plan['kv']}, with calibrated scales")] if plan["kv"] else []),
         *([("calibration", plan["data"])] if plan["data"] else []),
         ("size", f"{size(plan['bytes_before'])} -> {size(plan['bytes_after'])}"),
-        ("bits per weight", f"{plan['bits_per_weight']:.3f}"),
+        *([("bits per weight", f"{plan['bits_per_weight']:.3f}")] if plan["layers"] else []),
         ("memory", f"about {size(plan['expected_memory_bytes'])}"),
         ("time", f"about {seconds(plan['expected_wall_s'])} on two CPU cores"),
     ]
@@ -147,7 +147,7 @@ def _verdict(report: Report) -> Table:
         ("output", report.output),
         ("loads in", report.readers),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({100 * share:.1f} %)"),
-        ("bits per weight", f"{report.bits_per_weight:.3f}, scales and zeros included"),
+        *([("bits per weight", f"{report.bits_per_weight:.3f}, scales and zeros included")] if report.layers else []),
     ]
     if report.data:
         facts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,15 @@ from qtool.numerics.grid import QTensor
 from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
+from qtool.scheme import FLOATS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qtool.solving.solver import Solver
+
+
+AT_ONCE = 1 << 24  # weights that are worked on at once where they outgrow a block
 
 
 class UnitRecord:
@@ -38,22 +43,24 @@ class UnitRecord:
         with self.solver.watch.stage("write"):
             for name, tensor in self.solver.job.format.pack(linear.module, weight, linear.source.dtype).items():
                 self.write(name, tensor)
-            self.solved[linear.module] = digest([weight])
+            self.solved[linear.module] = digest(weight)
 
     def pack_rows(self, linear: Linear, parts: Iterable[QTensor]) -> None:
-        """The same of one whose rows come a few at a time; no more of it than its packed bytes is kept."""
-        format, dtype = self.solver.job.format, linear.source.dtype
-        packed: list[Tensor] = []
-
-        def packing() -> Iterator[QTensor]:
-            for part in parts:
-                with self.solver.watch.stage("write"):
-                    packed.extend(format.pack(linear.module, part, dtype).values())
-                yield part
-
-        self.solved[linear.module] = digest(packing())
+        """The same where rows come a few at a time, for formats `by_rows`: no more than the packed ones are kept."""
+        format, digests = self.solver.job.format, Digests()
+        (info,) = format.tensors(linear)
+        packed, filled = None, 0
+        for part in parts:
+            with self.solver.watch.stage("write"):
+                rows = format.pack(linear.module, part, linear.source.dtype)[info.name]
+                packed = rows.new_empty(info.shape) if packed is None else packed
+                packed[filled : filled + len(rows)] = rows
+                filled += len(rows)
+                digests.update(part)
+        assert packed is not None
         with self.solver.watch.stage("write"):
-            self.write(format.tensors(linear)[0].name, joined(packed))
+            self.write(info.name, packed)
+        self.solved[linear.module] = digests.whole()
 
     def finish(self, parameters: Parameters) -> None:
         """The tensors that stay unquantized, and then the unit is done."""
@@ -90,15 +97,52 @@ class UnitRecord:
         }
 
 
+class Digests:
+    """sha256 of what was solved: of codes, scales, zeros and whatever else it is made of. Rows may come in parts."""
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+
+    def update(self, weight: QTensor) -> None:
+        tensors = [weight.codes] if weight.scheme.kind in FLOATS else weight.tensors()  # those have no scale
+        self.parts = self.parts or [hashlib.sha256() for _ in tensors]
+        for part, tensor in zip(self.parts, tensors, strict=True):
+            part.update(raw_bytes(tensor))
+
+    def whole(self) -> str:
+        return hashlib.sha256("".join(part.hexdigest() for part in self.parts).encode()).hexdigest()
+
+
+def rows_at_once(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The numbers of the rows of a weight [out, in] in parts to work on; one part where it does not outgrow a block."""
+    import torch
+
+    return torch.arange(shape[0]).split(max(1, AT_ONCE // shape[1]))
+
+
 def read_back(written: Checkpoint, job: Job, linear: Linear) -> QTensor:
     """A linear as it stands in the written files."""
     parts = dict(written.read_many(info.name for info in job.format.tensors(linear)))
     return job.format.unpack(linear.module, parts, linear.scheme)
 
 
+def digest_written(written: Checkpoint, job: Job, linear: Linear) -> str:
+    """The same digest of a linear as it stands in the written files, in parts where that is possible."""
+    digests = Digests()
+    if job.format.by_rows:
+        for name, stored in written.borrow(info.name for info in job.format.tensors(linear)):
+            for rows in rows_at_once(linear.shape):
+                digests.update(job.format.unpack(linear.module, {name: stored[rows]}, linear.scheme))
+    else:
+        digests.update(read_back(written, job, linear))
+    return digests.whole()
+
+
 def digest(weight: QTensor) -> str:
-    """sha256 of what was solved: codes, scales, zeros and whatever else it is made of."""
-    return hashlib.sha256("".join(map(digest_bytes, weight.tensors())).encode()).hexdigest()
+    """That of a weight at once."""
+    digests = Digests()
+    digests.update(weight)
+    return digests.whole()
 
 
 def digest_bytes(tensor: Tensor) -> str:

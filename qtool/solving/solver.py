@@ -118,7 +118,8 @@ class Solver:
             dtype = TORCH_DTYPES[self.job.scale_dtype(linear)]
             weight = relay(linear.module, source.read_packed(linear.module), linear.scheme, dtype)
             held = self.job.format.held(weight, linear.source.dtype)
-            record.add(linear, held, layer_record(linear, Errors(0.0, None), time.perf_counter() - start))
+            record.pack(linear, held)
+            record.layers.append(layer_record(linear, Errors(0.0, None), time.perf_counter() - start))
         record.finish(self._parameters(unit, {}))
 
     def _run_blocks(self, wanted: set[str], batch_tokens: int) -> None:

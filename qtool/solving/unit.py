@@ -6,12 +6,9 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING
-
-import torch
 
 from qtool.calibration.rows import Rows
 from qtool.calibration.stats import CROSS, SECOND, VECTORS, Moments

@@ -25,14 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from schemes import EXAMPLE, Figures, kept, qtool
 
 import gguf
 import llama_cpp
 import numpy as np
 import torch
+from schemes import EXAMPLE, Figures, kept, qtool
 
 from qtool.calibration.imatrix_file import ImatrixStats
 from qtool.checkpoint.reader import Checkpoint
@@ -196,8 +194,9 @@ def error_table(bench: Bench, kinds: list[str]) -> None:
             continue
         worst = max(ratios[0], key=lambda name: ratios[0][name])
         bits = scheme.bits_per_weight((1, 256))
-        print(f"{kind:8}{bits:7.3f}{geometric_mean([*ratios[0].values()]):17.4f}{ratios[0][worst]:8.4f}  {worst[-34:]:34}"
-              f"{geometric_mean([*ratios[1].values()]):8.4f}{max(ratios[1].values()):8.4f}"
+        means = [geometric_mean([*found.values()]) for found in ratios]
+        print(f"{kind:8}{bits:7.3f}{means[0]:17.4f}{ratios[0][worst]:8.4f}  {worst[-34:]:34}"
+              f"{means[1]:8.4f}{max(ratios[1].values()):8.4f}"
               f"{seconds[0] / count * 5e5:10.2f}{seconds[1] / count * 5e5:8.2f}", flush=True)  # fmt: skip
 
 

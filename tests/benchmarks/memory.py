@@ -1,9 +1,11 @@
 """Memory and speed on a checkpoint of a billion random weights: what is bounded by one block, and by what.
 
 Prints a table: peak memory of `quantize` by rtn and by gptq beside what one block, its statistics and the
-hidden states take; seconds per billion parameters; the share of the time that is matrix products.
+hidden states take; seconds per billion parameters; the share of the time that is matrix products. A mix of
+llama.cpp's has embedding and head in blocks, too: they are rounded a few rows at a time, and packed as a whole.
 
     python tests/benchmarks/memory.py [--layers 11] [--rows 128] [--vocabulary 128256] [--folder DIR]
+                                      [--scheme int4-g128-sym --scheme q4_k_m]
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
+from math import prod
 from pathlib import Path
 
 HIDDEN, MLP, HEADS, KV_HEADS = 2048, 5632, 32, 4
@@ -110,6 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=11)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=128256, help="large, so that few blocks make a billion")
+    parser.add_argument("--scheme", action="append", help="default int4-g128-sym; several may be given")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
@@ -125,13 +130,15 @@ def main() -> None:
         print(f"one block {block / 1e6:.0f} MB + statistics {statistics / 1e6:.0f} + hidden states {hidden / 1e6:.0f}")
         print(f"a process with torch, transformers and the token rows takes {base / 1e6:.0f} MB")
         data = ["--rows", str(options.rows), "--seqlen", str(SEQLEN)]
-        for method, extra in (("rtn", []), ("gptq", data)):
-            out = folder / method
-            command = ["quantize", str(folder / "model"), "-o", str(out), "--method", method, *extra, "-q"]
-            wall_s, report = measured(command)
+        schemes = options.scheme or ["int4-g128-sym"]
+        for scheme, method in product(schemes, ("rtn", "gptq")):
+            out = folder / f"{scheme}-{method}"
+            command = ["quantize", str(folder / "model"), "-o", str(out), "--scheme", scheme, "--method", method, "-q"]
+            wall_s, report = measured(command + (data if method == "gptq" else []))
             peak = report["peak_memory_bytes"]
-            print(f"{method}: {wall_s:.0f} s, {wall_s / parameters * 1e9:.0f} s per billion parameters, "
-                  f"peak {peak / 1e6:.0f} MB", end="")  # fmt: skip
+            largest = max(prod(layer["shape"]) * layer["bits_per_weight"] / 8 for layer in report["layers"])
+            print(f"{scheme} by {method}: {wall_s:.0f} s, {wall_s / parameters * 1e9:.0f} s per billion parameters, "
+                  f"peak {peak / 1e6:.0f} MB, largest packed weight {largest / 1e6:.0f} MB", end="")  # fmt: skip
             if method == "gptq":
                 print(f", beyond that process {(peak - base) / bound:.2f} times the sum above", end="")
             stages = sorted(report["stages_s"].items(), key=lambda item: -item[1])
