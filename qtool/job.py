@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from qtool.calibration.texts import check_source
 from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import Container, Safetensors
+from qtool.checkpoint.writer import Container
+from qtool.containers import Mixed, container_for, mix_of, notes_of, with_kinds
 from qtool.errors import UsageError
 from qtool.estimate import estimate
 from qtool.formats import FORMATS, Format, format_for, get_format, least_capable
@@ -20,12 +20,11 @@ from qtool.formats.weights import Source, Weights
 from qtool.gguf.checkpoint import open_checkpoint
 from qtool.headers import TORCH_NAMES, TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
-from qtool.mixes import MIXES, Mix
-from qtool.mixes import scheme_of as mix_scheme
-from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of, config_value
-from qtool.plan import Linear, Plan, make_plan, matches
+from qtool.mixes import MIXES
+from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of
+from qtool.plan import Linear, Plan, make_plan
 from qtool.recipe import AUTO, DEFAULT_IGNORE, DEFAULT_METHOD, DEFAULT_SCHEME, EMBEDDINGS, NO_METHOD, Recipe
-from qtool.scheme import FLOATS, KINDS, KV_SCHEMES, ActivationScheme, QuantScheme
+from qtool.scheme import KV_SCHEMES, ActivationScheme, QuantScheme
 from qtool.transforms import ScaleTransform, SourceTransform, Transform, get_transform
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
     method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
     transforms = tuple(get_transform(name, recipe.options.get(name, {})) for name in recipe.transforms)
     source: Source = weights
-    mix = _mix(recipe)
+    mix = mix_of(recipe)
     schemes = [QuantScheme.parse(text) for text in (mix.base if mix else recipe.scheme, *recipe.layers.values())]
     wanted = _wanted(recipe, method, transforms, schemes)
     architecture = _architecture(checkpoint, recipe, bool(wanted), bool(transforms))
@@ -144,14 +143,14 @@ def prepare(model: str, recipe: Recipe) -> Job:
             assert architecture
             source = transform.wrap(source, architecture, checkpoint.config)
             changes.update(source.config_changes)
-    container = _container(format, checkpoint, {**checkpoint.config, **changes}, mix)
+    container = container_for(format, checkpoint, {**checkpoint.config, **changes}, mix)
     tensors, added = weights.dense, source.added
     if mix:  # which says also what embedding and head become, be it one that a transform has added
         tensors, added = {**tensors, **{info.name: info for info in added}}, []
         if recipe.ignore[: len(DEFAULT_IGNORE)] == DEFAULT_IGNORE:
             others = tuple(pattern for pattern in DEFAULT_IGNORE if pattern not in EMBEDDINGS)
             recipe = replace(recipe, ignore=others + recipe.ignore[len(DEFAULT_IGNORE) :])
-    mixed = _Mixed(mix, container, checkpoint.config, tensors, bool(wanted)) if mix else None
+    mixed = Mixed(mix, container, checkpoint.config, tensors, bool(wanted)) if mix else None
     plan = make_plan(
         tensors,
         recipe,
@@ -165,13 +164,13 @@ def prepare(model: str, recipe: Recipe) -> Job:
         stored=container.stored,
         files=container.files,
     )
-    container = _with_kinds(container, plan)
+    container = with_kinds(container, plan)
     kv = KV_SCHEMES[recipe.kv] if recipe.kv else None
     others = mixed.notes(plan, recipe) if mixed else ()
     if recipe.strict and others:
         more = f" ({len(others) - 1} more like it)" if len(others) > 1 else ""
         raise UsageError(f"--strict: {others[0]}{more}", "give these layers a scheme that fits with --layer")
-    notes = (*_notes_of(container), *others)
+    notes = (*notes_of(container), *others)
     job = Job(model, checkpoint, source, recipe, method, transforms, format, container, plan, architecture, kv, stats,
               changes, notes)  # fmt: skip
     if stats and architecture:
@@ -218,7 +217,7 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
     if impossible:
         more = f" ({len(impossible) - 1} more like it)" if len(impossible) > 1 else ""
         raise UsageError(impossible[0] + more, HINT)
-    container = _container(format, weights.checkpoint, weights.checkpoint.config, None)
+    container = container_for(format, weights.checkpoint, weights.checkpoint.config, None)
     recipe = replace(recipe, scheme="as it is", method=NO_METHOD, ignore=())
     plan = make_plan(
         {**weights.dense, **weights.kv_tensors},
@@ -231,9 +230,9 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
         stored=container.stored,
         files=container.files,
     )
-    container = _with_kinds(container, plan)
+    container = with_kinds(container, plan)
     job = Job(model, weights.checkpoint, weights, recipe, None, (), format, container, plan, architecture, weights.kv,
-              notes=_notes_of(container))  # fmt: skip
+              notes=notes_of(container))  # fmt: skip
     job.quantization_config()
     return job
 
@@ -303,84 +302,6 @@ def _solvable(architecture: Architecture, format: Format) -> Callable[[str], boo
     outside = [architecture.embedding, architecture.head] if format.takes_embeddings else []
     names = {spelling for module in outside for spelling in architecture.spellings(f"{module}.")}
     return lambda module: architecture.is_block_linear(module) or f"{module}." in names
-
-
-def _container(format: Format, checkpoint: Checkpoint, config: Mapping[str, Any], mix: Mix | None) -> Container:
-    """What the tensors of the output lie in."""
-    if format.container == "safetensors":
-        return Safetensors()
-    from qtool.gguf.checkpoint import GGUFCheckpoint
-    from qtool.gguf.container import GGUFContainer
-    from qtool.gguf.model import GGUFModel
-    from qtool.gguf.tokenizer import tokenizer_metadata
-
-    model = GGUFModel.of_config(dict(config))
-    if isinstance(checkpoint, GGUFCheckpoint):
-        keys = {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
-        tokenizer = {key: value for key, value in keys.items() if type(value) is not int or value >= 0}  # -1: none
-    else:
-        tokenizer = tokenizer_metadata(checkpoint.root, int(config["vocab_size"]))
-    general = {"general.quantization_version": 2}
-    if mix:
-        general["general.file_type"] = mix.file_type
-    return GGUFContainer(model, {**model.metadata(), **general, **tokenizer}, {})
-
-
-def _with_kinds(container: Container, plan: Plan) -> Container:
-    """A container that knows which tensors are blocks of which type."""
-    if isinstance(container, Safetensors):
-        return container
-    from qtool.gguf.container import GGUFContainer
-
-    assert isinstance(container, GGUFContainer)
-    kinds = {x.source.name: x.scheme.kind for x in plan.linears if x.scheme.kind not in FLOATS}
-    return GGUFContainer(container.model, container.metadata, kinds)
-
-
-def _notes_of(container: Container) -> tuple[str, ...]:
-    """Where the readers of a container compute something else than transformers."""
-    from qtool.gguf.container import GGUFContainer
-
-    return container.model.notes if isinstance(container, GGUFContainer) else ()
-
-
-def _mix(recipe: Recipe) -> Mix | None:
-    """The mix that a recipe asks for; a name that is also a scheme of other formats is one for GGUF alone."""
-    mix = MIXES.get(recipe.scheme)
-    if recipe.format == "gguf" or mix is None or (recipe.format == "auto" and recipe.scheme != "mxfp4"):
-        return mix
-    if recipe.scheme in (*KINDS, *FLOATS):
-        return None
-    raise UsageError(f"`{recipe.scheme}` is a mix of llama.cpp's, for GGUF files", "use `--format gguf`")
-
-
-class _Mixed:
-    """What a mix makes of each matrix of a model."""
-
-    def __init__(
-        self, mix: Mix, container: Any, config: Mapping[str, Any], names: Collection[str], weighted: bool
-    ) -> None:
-        self.mix, self.model, self.weighted = mix, container.model, weighted
-        heads = int(config_value(config, "num_attention_heads") or 1)
-        self.gqa = heads // int(config_value(config, "num_key_value_heads") or heads)
-        self.tied = not any(self.model.gguf_name(name) == "output.weight" for name in names)
-
-    def scheme_of(self, module: str, shape: tuple[int, ...]) -> QuantScheme:
-        return QuantScheme.parse(self._choice(module, shape)[0])
-
-    def notes(self, plan: Plan, recipe: Recipe) -> tuple[str, ...]:
-        """Where the scheme of a matrix is not what the name of the mix promises."""
-        by_mix = [x for x in plan.linears if not any(matches(x.module, pattern) for pattern in recipe.layers)]
-        found = [self._choice(linear.module, linear.shape)[1] for linear in by_mix]
-        return tuple(dict.fromkeys(note for note in found if note))
-
-    def _choice(self, module: str, shape: tuple[int, ...]) -> tuple[str, str | None]:
-        name = self.model.gguf_name(f"{module}.weight") or module
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(?:\.weight)?", name)
-        assert match
-        role = "output" if self.tied and match[2] == "token_embd" else match[2]
-        index, blocks = int(match[1] or 0), self.model.blocks
-        return mix_scheme(self.mix, role, index, blocks, (shape[0], shape[1]), self.gqa, self.weighted)
 
 
 def _problem(format: Format, linear: Linear, architecture: Architecture) -> str | None:

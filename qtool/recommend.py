@@ -17,6 +17,7 @@ from math import ceil, prod
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
+from qtool.containers import Mixed
 from qtool.errors import QtoolError, UsageError, unknown
 from qtool.formats import get_format
 from qtool.gguf.checkpoint import GGUFCheckpoint
@@ -25,7 +26,6 @@ from qtool.gguf.model import GGUFModel
 from qtool.headers import DTYPE_BITS, scale_dtype
 from qtool.inspection.logical import is_quantized, open_weights
 from qtool.inspection.memory import SCHEMES, USABLE, Memory, memory
-from qtool.job import _Mixed
 from qtool.methods import get_method
 from qtool.mixes import MIXES, Mix
 from qtool.mixes import scheme_of as mix_scheme
@@ -480,7 +480,7 @@ def _container(checkpoint: Checkpoint) -> GGUFContainer | str:
 
 def _mix_bytes(target: Target, mix: Mix, checkpoint: Checkpoint, container: GGUFContainer) -> int:
     """All tensors of a GGUF file."""
-    mixed = _Mixed(mix, container, checkpoint.config, checkpoint.tensors, target.needs_data)
+    mixed = Mixed(mix, container, checkpoint.config, checkpoint.tensors, target.needs_data)
     ignore = tuple(pattern for pattern in DEFAULT_IGNORE if pattern not in EMBEDDINGS)
     plan = make_plan(
         checkpoint.tensors,

@@ -36,10 +36,17 @@ from qtool.inspection.tensor import tensor_stats
 from qtool.inspection.views import comparison_view, overview_view, statistics_view, tensor_view
 from qtool.report.table import plain_lines
 
-BLOCK_SCHEMES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_s", "q4_k_s", "q5_k_s", "q6_k", "iq4_nl",
-                 "iq4_xs", "mxfp4"]  # fmt: skip
-NAME = "model.layers.1.mlp.up_proj.weight"
-STORED = "blk.1.ffn_up.weight"
+# One matrix of each block type, in one file: the end of its name here, and what llama.cpp calls it
+OF_TYPE = {
+    "q4_0": ("0.self_attn.q_proj", "0.attn_q"), "q4_1": ("0.self_attn.k_proj", "0.attn_k"),
+    "q5_0": ("0.self_attn.v_proj", "0.attn_v"), "q5_1": ("0.self_attn.o_proj", "0.attn_output"),
+    "q8_0": ("0.mlp.gate_proj", "0.ffn_gate"), "q2_k": ("0.mlp.up_proj", "0.ffn_up"),
+    "q3_k": ("0.mlp.down_proj", "0.ffn_down"), "q4_k": ("1.self_attn.q_proj", "1.attn_q"),
+    "q5_k": ("1.self_attn.k_proj", "1.attn_k"), "q6_k": ("1.self_attn.v_proj", "1.attn_v"),
+    "iq4_nl": ("1.self_attn.o_proj", "1.attn_output"), "iq4_xs": ("1.mlp.gate_proj", "1.ffn_gate"),
+    "mxfp4a16": ("1.mlp.up_proj", "1.ffn_up"),
+}  # fmt: skip
+NAME, STORED = "model.layers.1.mlp.up_proj.weight", "blk.1.ffn_up.weight"
 READERS = "llama.cpp, Ollama, LM Studio"
 Make = Callable[..., Path]
 
@@ -75,6 +82,15 @@ def measured(base: Path, calibration_text: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
+@pytest.fixture(scope="session")
+def every_type(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file with one matrix of each block type."""
+    out = tmp_path_factory.mktemp("every") / "out"
+    layers = [x for kind, (name, _) in OF_TYPE.items() for x in ("--layer", f"model.layers.{name}={kind}")]
+    assert run(["quantize", str(base), "-o", str(out), "--scheme", "q8_0", "--method", "rtn", *layers, "-q"]) == 0
+    return out / "model.gguf"
+
+
 def quiet(*_: object) -> None:
     """A progress callback that says nothing."""
 
@@ -98,7 +114,7 @@ def write_gguf(path: Path, architecture: str, tensors: dict[str, tuple[str, tupl
         weights, size_bytes = gguf.GGML_QUANT_SIZES[number]
         data = np.zeros((*shape[:-1], shape[-1] // weights * size_bytes), np.uint8)
         if kind in ("F32", "F16"):
-            data = np.zeros(shape, {"F32": np.float32, "F16": np.float16}[kind])  # type: ignore[assignment]
+            data = np.zeros(shape, {"F32": np.float32, "F16": np.float16}[kind])
         writer.add_tensor(name, data, raw_dtype=None if kind in ("F32", "F16") else number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -110,7 +126,7 @@ def write_gguf(path: Path, architecture: str, tensors: dict[str, tuple[str, tupl
 # --- GGUF: the overview ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["q4_k_m", "q2_k", "q8_0", "iq4_xs", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["q4_k_m", "iq4_xs", "mxfp4"])
 def test_overview_counts_what_lies_in_the_file(made: Make, scheme: str) -> None:
     there = stored(made(scheme) / "model.gguf")
     sizes: dict[str, int] = Counter()
@@ -246,7 +262,7 @@ def test_names_of_file_types(tmp_path: Path, number: Any, name: str | None) -> N
 
 
 def test_a_gguf_file_that_is_no_model(tmp_path: Path) -> None:
-    tensors = {"blk.0.attn_q.weight.lora_a": ("F32", (8, 256))}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"blk.0.attn_q.weight.lora_a": ("F32", (8, 256))}
     path = write_gguf(tmp_path / "lora.gguf", "llama", tensors, general__type="adapter")
     found = overview(open_checkpoint(path))
     assert found.notes == ["general.type is `adapter`: this is no model"]
@@ -270,12 +286,19 @@ def test_headers_of_containers_need_no_torch(made: Make, foreign: Path, measured
 # --- GGUF: one tensor, comparison, memory ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", BLOCK_SCHEMES)
-def test_a_tensor_of_every_block_type(made: Make, scheme: str) -> None:
-    tensor = stored(made(scheme) / "model.gguf")[STORED]
+def tensor_of(path: Path, kind: str) -> tuple[gguf.ReaderTensor, Any]:
+    """The matrix of that type, as the `gguf` package reads it and as it is inspected."""
+    name, there = OF_TYPE[kind]
+    tensor = stored(path)[f"blk.{there}.weight"]
+    assert tensor.tensor_type.name == kind.removesuffix("a16").upper()
+    return tensor, tensor_stats(open_checkpoint(path), f"model.layers.{name}.weight")
+
+
+@pytest.mark.parametrize("kind", OF_TYPE)
+def test_a_tensor_of_every_block_type(every_type: Path, kind: str) -> None:
+    tensor, found = tensor_of(every_type, kind)
     values = gguf.dequantize(tensor.data, tensor.tensor_type)
-    found = tensor_stats(open_checkpoint(made(scheme)), NAME)
-    assert found.stored_as == {"MXFP4": "mxfp4a16"}.get(tensor.tensor_type.name, tensor.tensor_type.name.lower())
+    assert found.stored_as == kind
     assert (found.shape, found.minimum, found.maximum) == (values.shape, values.min(), values.max())
     assert found.bits_per_weight == 8 * tensor.n_bytes / tensor.n_elements
     assert found.zero_ratio == (values == 0).mean()
@@ -292,7 +315,7 @@ def test_a_tensor_of_every_block_type(made: Make, scheme: str) -> None:
 def codes_in_file(data: np.ndarray, kind: str) -> Iterator[int]:
     """The codes of a tensor in any order, by the layout of blocks written out here a second time."""
     first, last, size = {"q4_0": (2, 18, 18), "q4_1": (4, 20, 20), "q4_k": (16, 144, 144), "iq4_nl": (2, 18, 18),
-                         "iq4_xs": (8, 136, 136), "mxfp4": (1, 17, 17), "q8_0": (2, 34, 34)}[kind]  # fmt: skip
+                         "iq4_xs": (8, 136, 136), "mxfp4a16": (1, 17, 17), "q8_0": (2, 34, 34)}[kind]  # fmt: skip
     for byte in data.reshape(-1, size)[:, first:last].reshape(-1).tolist():
         yield from ((byte,) if kind == "q8_0" else (byte & 15, byte >> 4))
 
@@ -301,57 +324,51 @@ MXFP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 IQ4_VALUES = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
 
 
-@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q8_0", "q4_k_s", "iq4_nl", "iq4_xs", "mxfp4"])
-def test_codes_are_those_in_the_file(made: Make, scheme: str) -> None:
-    kind = scheme.removesuffix("_s") if scheme == "q4_k_s" else scheme
-    tensor = stored(made(scheme) / "model.gguf")[STORED]
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_k", "iq4_nl", "iq4_xs", "mxfp4a16"])
+def test_codes_are_those_in_the_file(every_type: Path, kind: str) -> None:
+    tensor, found = tensor_of(every_type, kind)
     meaning = {
         "q4_0": lambda code: code - 8,
         "q8_0": lambda code: code - 256 if code > 127 else code,
-        "mxfp4": lambda code: MXFP4_VALUES[code & 7] * (-1 if code & 8 else 1),
+        "mxfp4a16": lambda code: MXFP4_VALUES[code & 7] * (-1 if code & 8 else 1),
         **dict.fromkeys(("iq4_nl", "iq4_xs"), IQ4_VALUES.__getitem__),
     }.get(kind, lambda code: code)
     expected = Counter(float(meaning(code)) + 0.0 for code in codes_in_file(tensor.data, kind))
-    stats = tensor_stats(open_checkpoint(made(scheme)), NAME).codes
+    stats = found.codes
     assert stats is not None
     assert {value: n for value, n in stats.counts if n} == expected
     shares = [n / expected.total() for n in expected.values()]
     assert stats.entropy_bits == pytest.approx(-sum(share * log2(share) for share in shares))
 
 
-BLOCK_SCALES = {
-    "q8_0": (4096, "one for each 32 inputs of a row, float16", False),
-    "q4_1": (4096, "one for each 32 inputs of a row, float16", True),
-    "q2_k": (8192, "one for each 16 inputs of a row, two levels: 4-bit integers, over one float16 for every 256 inputs",
-             True),
-    "q3_k_s": (8192, "one for each 16 inputs of a row, two levels: 6-bit integers, over one float16 for every 256 "
-               "inputs", False),
-    "q4_k_s": (4096, "one for each 32 inputs of a row, two levels: 6-bit integers, over one float16 for every 256 "
-               "inputs", True),
-    "q6_k": (8192, "one for each 16 inputs of a row, two levels: 8-bit integers, over one float16 for every 256 inputs",
-             False),
-    "iq4_xs": (4096, "one for each 32 inputs of a row, two levels: 6-bit integers, over one float16 for every 256 "
-               "inputs", False),
-    "mxfp4": (4096, "one for each 32 inputs of a row, powers of two (e8m0)", False),
-}  # fmt: skip
+OF_32, OF_16 = "one for each 32 inputs of a row", "one for each 16 inputs of a row"
+OVER_HALVES = "bit integers, over one float16 for every 256 inputs"
+SCALES = {  # rows and columns over how many weights share one, what it is, whether there are minima
+    "q8_0": (512 * 8, f"{OF_32}, float16", False),
+    "q4_1": (128 * 8, f"{OF_32}, float16", True),
+    "q2_k": (512 * 16, f"{OF_16}, two levels: 4-{OVER_HALVES}", True),
+    "q3_k": (256 * 32, f"{OF_16}, two levels: 6-{OVER_HALVES}", False),
+    "q4_k": (256 * 8, f"{OF_32}, two levels: 6-{OVER_HALVES}", True),
+    "q5_k": (128 * 8, f"{OF_32}, two levels: 6-{OVER_HALVES}", True),
+    "q6_k": (128 * 16, f"{OF_16}, two levels: 8-{OVER_HALVES}", False),
+    "iq4_xs": (512 * 8, f"{OF_32}, two levels: 6-{OVER_HALVES}", False),
+    "mxfp4a16": (512 * 8, f"{OF_32}, powers of two (e8m0)", False),
+}
 
 
-@pytest.mark.parametrize("scheme", BLOCK_SCALES)
-def test_scales_and_minima(made: Make, scheme: str) -> None:
-    found = tensor_stats(open_checkpoint(made(scheme)), NAME)
-    stats, (scales, kind, minima) = found.codes, BLOCK_SCALES[scheme]
-    assert stats is not None
-    assert (stats.scales, stats.scale_kind) == (scales, kind)
-    shown = [line for line in plain_lines(tensor_view(found)) if line.startswith("minima ")]
-    assert bool(shown) == minima == (stats.minimum_lowest is not None)
-    if scheme == "q4_1":  # where each block has a scale and a minimum of its own
-        tensor = stored(made(scheme) / "model.gguf")[STORED]
-        halves = tensor.data.reshape(-1, 20)[:, :4].copy().view(np.float16).astype(np.float32)
-        assert (stats.scale_minimum, stats.scale_maximum) == (halves[:, 0].min(), halves[:, 0].max())
-        assert (stats.minimum_lowest, stats.minimum_highest) == (halves[:, 1].min(), halves[:, 1].max())
-        assert shown == [
-            f"minima        {halves[:, 1].min():.4g} to {halves[:, 1].max():.4g}: what the code 0 stands for"
-        ]
+@pytest.mark.parametrize("kind", SCALES)
+def test_scales_and_minima(every_type: Path, kind: str) -> None:
+    tensor, found = tensor_of(every_type, kind)
+    stats, (scales, text, minima) = found.codes, SCALES[kind]
+    assert (stats.scales, stats.scale_kind) == (scales, text)
+    lines = [line for line in plain_lines(tensor_view(found)) if line.startswith("minima ")]
+    assert bool(lines) == minima == (stats.minimum_lowest is not None)
+    if kind == "q4_1":  # where each block has a scale and a minimum of its own
+        scale, minimum = tensor.data.reshape(-1, 20)[:, :4].copy().view(np.float16).astype(np.float32).T
+        assert (stats.scale_minimum, stats.scale_maximum) == (scale.min(), scale.max())
+        assert (stats.minimum_lowest, stats.minimum_highest) == (minimum.min(), minimum.max())
+        (line,) = lines
+        assert line.split(maxsplit=1)[1] == f"{minimum.min():.4g} to {minimum.max():.4g}: what the code 0 stands for"
 
 
 def test_a_gguf_file_against_what_it_was_made_from(made: Make, base: Path) -> None:
@@ -431,8 +448,8 @@ def test_overview_of_gptq_and_awq(made: Make, scheme: str, format: str, readers:
 
 
 def test_readers_depend_on_shapes(make_model: Any, tmp_path: Path) -> None:
-    """Keys and values of 32 outputs are none of what the kernels of vLLM and SGLang multiply."""
-    model = make_model(hidden_size=128, intermediate_size=256, head_dim=16)
+    """32 outputs of keys and values are nothing that the kernels of vLLM and SGLang multiply."""
+    model = make_model(hidden_size=128, intermediate_size=256, num_key_value_heads=1)
     out = tmp_path / "out"
     assert run(["quantize", str(model), "-o", str(out), "--format", "gptq", "--method", "rtn", "-q"]) == 0
     assert overview(Checkpoint(out)).readers == "transformers (with gptqmodel and optimum)"
