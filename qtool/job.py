@@ -22,9 +22,9 @@ from qtool.headers import TORCH_NAMES, TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
 from qtool.mixes import MIXES
 from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of
-from qtool.plan import Linear, Plan, make_plan
+from qtool.plan import Linear, Plan, make_plan, matches
 from qtool.recipe import AUTO, DEFAULT_IGNORE, DEFAULT_METHOD, DEFAULT_SCHEME, EMBEDDINGS, NO_METHOD, Recipe
-from qtool.scheme import KV_SCHEMES, ActivationScheme, QuantScheme
+from qtool.scheme import FLOATS, KV_SCHEMES, ActivationScheme, QuantScheme
 from qtool.transforms import ScaleTransform, SourceTransform, Transform, get_transform
 
 if TYPE_CHECKING:
@@ -104,11 +104,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
         return _relaying(model, weights, recipe)
     if recipe.requantize and not weights.schemes:
         raise UsageError(f"{checkpoint.path} is not quantized yet", "leave --requantize out")
-    recipe = replace(
-        recipe,
-        scheme=(DEFAULT_MIX if recipe.format == "gguf" else DEFAULT_SCHEME) if recipe.scheme == AUTO else recipe.scheme,
-        method=DEFAULT_METHOD if recipe.method == AUTO else recipe.method,
-    )
+    recipe = _with_defaults(recipe, weights)
     method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
     transforms = tuple(get_transform(name, recipe.options.get(name, {})) for name in recipe.transforms)
     source: Source = weights
@@ -179,6 +175,18 @@ def prepare(model: str, recipe: Recipe) -> Job:
     return job
 
 
+def _with_defaults(recipe: Recipe, weights: Weights) -> Recipe:
+    """A recipe that names its scheme and method. Dense output alone is a conversion, and floats need no data."""
+    if recipe.scheme == AUTO:
+        matrices = [info.dtype for info in weights.dense.values() if len(info.shape) == 2 and info.dtype in TORCH_NAMES]
+        common = max(sorted(set(matrices)), key=matrices.count, default="BF16").lower()
+        usual = {"gguf": DEFAULT_MIX, "dense": common}.get(recipe.format, DEFAULT_SCHEME)
+        recipe = replace(recipe, scheme=usual)
+    if recipe.method == AUTO:
+        recipe = replace(recipe, method="rtn" if recipe.scheme in FLOATS and not recipe.layers else DEFAULT_METHOD)
+    return recipe
+
+
 def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
     """The job for a model that is quantized already: the same weights in another format."""
     path = weights.checkpoint.path
@@ -200,16 +208,22 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
     format = get_format(recipe.format)
     architecture = _architecture(weights.checkpoint, recipe, False, False)
     known = architecture or LLAMA
+    ignore = tuple(pattern for pattern in recipe.ignore if pattern not in DEFAULT_IGNORE)
+    ends = {spelling for part in (known.embedding, known.head) for spelling in known.spellings(f"{part}.weight")}
     targets: dict[str, QuantScheme] = {}
     impossible: list[str] = []
+    written_out = set(weights.experts) if format.name == "dense" else set()
     for module, scheme in weights.schemes.items():
-        shape = weights.matrix_shape(module)
         if module in weights.experts:
             if format.name != "dense":
                 impossible.append(f"`{module}` are fused experts, which {format.name} cannot hold")
             continue
+        shape, name = weights.matrix_shape(module), f"{module}.weight"
         target = relaid_scheme(scheme, shape, format)
-        if target is None:
+        holds = target and (format.takes_embeddings or name not in known.spellings(f"{known.embedding}.weight"))
+        if any(matches(module, pattern) for pattern in ignore) or (name in ends and not holds):
+            written_out.add(name)
+        elif target is None:
             why = format.problem(scheme, shape) or scheme.shape_error(shape)
             impossible.append(f"`{module}` is {scheme}, which {format.name} cannot hold: {why}")
         else:
@@ -218,7 +232,8 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
         more = f" ({len(impossible) - 1} more like it)" if len(impossible) > 1 else ""
         raise UsageError(impossible[0] + more, HINT)
     container = container_for(format, weights.checkpoint, weights.checkpoint.config, None)
-    recipe = replace(recipe, scheme="as it is", method=NO_METHOD, ignore=())
+    weights.write_out(written_out)
+    recipe = replace(recipe, scheme="as it is", method=NO_METHOD, ignore=ignore)
     plan = make_plan(
         {**weights.dense, **weights.kv_tensors},
         recipe,
@@ -226,7 +241,7 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
         storable=lambda linear: _problem(format, linear, known),
         transposed=weights.is_transposed,
         scheme_of=lambda module, shape: targets.get(module),
-        written_out=weights.experts,
+        written_out=written_out,
         stored=container.stored,
         files=container.files,
     )

@@ -281,7 +281,7 @@ def test_rtn_with_statistics_of_either_kind(
     command = ["quantize", str(model), "--scheme", "int3-g32-sym", "--format", "qtool", "--method", "rtn", "-q"]
     made = {}
     for name in ("", "stats", "m.imatrix.gguf", "m.dat"):
-        out = tmp_path / f"of-{name}"
+        out = tmp_path / f"of-{name}-"
         assert run([*command, "-o", str(out), *(["--stats", str(tmp_path / name)] if name else [])]) == 0
         made[name] = load_file(out / "model.safetensors")
     assert all(torch.equal(made["stats"][name], made["m.imatrix.gguf"][name]) for name in made["stats"])
@@ -295,7 +295,7 @@ def test_rtn_with_statistics_of_either_kind(
     assert expected.dequantize().sub(weight_OI).square().mul(importance_I).sum() < grid.nearest(
         weight_OI, grid.fit(weight_OI)
     ).dequantize().sub(weight_OI).square().mul(importance_I).sum()  # fmt: skip
-    manifest = json.loads((tmp_path / "of-m.imatrix.gguf" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((tmp_path / "of-m.imatrix.gguf-" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["report"]["data"]["sha256"] == ImatrixStats(file, CONFIG).sha256
     assert run([*command, "-o", str(tmp_path / "again"), "--stats", str(file), "--method", "gptq"]) == 2
     assert "which has the mean squares of inputs only: no second moments" in capsys.readouterr().err

@@ -39,14 +39,14 @@ KEPT_BYTES = 2 * (2 * VOCABULARY * HIDDEN + HIDDEN)
 BY_NAME = {target.name: target for target in TARGETS}
 
 
-def headers(tmp_path, kind="llama", **changed):
+def headers(tmp_path, kind="llama", layers=LAYERS, **changed):
     """A llama of which only headers exist; `changed` overrides shapes of linears (`down_proj=(512, 1000)`)."""
-    config = {"model_type": kind, "num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": 4,
+    config = {"model_type": kind, "num_hidden_layers": layers, "hidden_size": HIDDEN, "num_attention_heads": 4,
               "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 8192, "vocab_size": VOCABULARY,
               "intermediate_size": WIDE, "tie_word_embeddings": False}  # fmt: skip
     tensors = [("model.embed_tokens.weight", (VOCABULARY, HIDDEN)), ("lm_head.weight", (VOCABULARY, HIDDEN))]
     tensors.append(("model.norm.weight", (HIDDEN,)))
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name, shape in SHAPES.items():
             shape = changed.get(name.rpartition(".")[2], shape)
             tensors.append((f"model.layers.{layer}.{name}.weight", shape))
@@ -289,6 +289,14 @@ def test_gguf_recipes_are_weighed_as_their_files(model):
     ranks = [c.weight_bytes for c in found.candidates if c.recipe != "gguf-q4_k_m-rtn"]
     assert ranks == sorted(ranks, reverse=True)
     assert found.candidates[0].scheme == "q8_0"
+
+
+def test_with_data_a_mix_is_that_of_an_importance_matrix(tmp_path):
+    """Without one IQ4_XS gives the first eighth of the down projections more bits: one of these eight."""
+    found = recommend(headers(tmp_path, layers=8), "llama.cpp")
+    size_bytes = next(c.weight_bytes for c in found.candidates if c.recipe == "gguf-iq4_xs")
+    values = 8 * sum(rows * inputs for rows, inputs in SHAPES.values()) + EMBEDDINGS // 2
+    assert size_bytes == values * 136 // 256 + EMBEDDINGS // 2 * 210 // 256 + 4 * HIDDEN
 
 
 def test_gguf_sizes_are_those_of_the_file(make_model, tmp_path):

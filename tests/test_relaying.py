@@ -44,7 +44,7 @@ CHAINS = [
     ("int4-g32-sym", ["gptq", "awq", "compressed-tensors"]),
     ("int4-g32-asym", ["gptq", "awq", "compressed-tensors"]),
     ("int4-g32-asym", ["awq", "gptq-v2", "compressed-tensors", "gptq"]),
-    ("int4-g32-sym", ["gguf", "gptq", "gguf"]),
+    ("int4-g32-sym", ["gguf", "gptq", "gguf", "compressed-tensors", "awq"]),
     ("int4-g64-sym", ["gguf", "dense"]),
     ("int8-channel-sym", ["gguf"]),
     ("int4-channel-sym", ["gptq", "gguf"]),
@@ -56,9 +56,12 @@ CHAINS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("scheme", "formats"), CHAINS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
-def test_every_step_keeps_every_weight(make_model: Any, tmp_path: Path, scheme: str, formats: list[str]) -> None:
-    model = make_model(dtype="float16", hidden_size=128, intermediate_size=256)
+def test_every_step_keeps_every_weight(
+    make_model: Any, tmp_path: Path, scheme: str, formats: list[str], dtype: str
+) -> None:
+    model = make_model(dtype=dtype, hidden_size=128, intermediate_size=256)
     path = quantized(model, tmp_path / "0", scheme)
     first = path
     for i, format in enumerate(formats, 1):
@@ -145,7 +148,7 @@ def test_scales_that_do_not_exist_in_the_other_type_are_counted() -> None:
     codes = torch.zeros((2, 64), dtype=torch.uint8)
     scale = torch.tensor([[1.0, 1e30], [2.0**-30, 0.5]], dtype=torch.bfloat16)
     weight = QTensor(codes, GridParams(scale), scheme)
-    with pytest.raises(QtoolError, match="2 of 4 scales of `a.b` do not exist in float16"):
+    with pytest.raises(QtoolError, match=r"2 of 4 scales of `a\.b` do not exist in float16"):
         relay("a.b", weight, QuantScheme.parse("q4_0"), torch.float16)
 
 
@@ -160,6 +163,71 @@ def test_zero_points_that_are_no_middle_are_not_dropped() -> None:
     symmetric = relay("a.b", middle, QuantScheme.parse("int4-g32-sym"), torch.float16)
     assert symmetric.params.zero is None
     assert torch.equal(symmetric.dequantize(), middle.dequantize())
+
+
+@pytest.mark.parametrize("target", ["int4-g32-asym", "int4-g32-sym"])
+def test_minima_that_are_no_multiples_of_a_scale_are_an_error(target: str) -> None:
+    codes = torch.randint(0, 16, (3, 64), dtype=torch.uint8)
+    params = GridParams(torch.tensor([[0.25, 0.5], [1, 0], [2, 3]]).half(), None, None, torch.full((3, 2), 0.3).half())
+    weight = QTensor(codes, params, QuantScheme.parse("q4_1"))
+    with pytest.raises(QtoolError, match=r"would change|zero points other than"):
+        relay("a.b", weight, QuantScheme.parse(target), torch.float16)
+
+
+def test_a_searched_q4_1_file_is_no_affine_grid(
+    make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = quantized(make_model(), tmp_path / "packed", "q4_1")
+    capsys.readouterr()
+    for format in ("gptq", "awq", "compressed-tensors"):
+        run("quantize", packed, "-o", tmp_path / "out", "--format", format, "-q", code=1)
+        assert "would change: int4-g32-asym has zero points" in said(capsys)
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_the_ends_of_a_model_become(make_model: Any, tmp_path: Path) -> None:
+    """A mix rounds embedding and head, too, which other formats keep in 16 bits."""
+    packed = quantized(make_model(tied=False), tmp_path / "packed", "q4_0")
+    run("quantize", packed, "-o", tmp_path / "out", "--format", "gptq", "-q")
+    written = Weights(open_checkpoint(tmp_path / "out"))
+    assert set(written.schemes.values()) == {QuantScheme.parse("int4-g32-sym")}
+    before, after = weights_of(packed), weights_of(tmp_path / "out")
+    for name, weight in before.items():
+        at_end = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert torch.equal(after[name], weight.half().float() if at_end else weight), name
+    kept = json.loads((tmp_path / "out" / "manifest.json").read_text())["report"]["kept"]
+    assert "written out as it is worth" in {k["reason"] for k in kept if k["name"] == "lm_head.weight"}
+
+
+def test_what_is_ignored_is_written_out(make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = quantized(make_model(), tmp_path / "packed", "int4-g32-sym", "--layer", "*.down_proj=int5-g32-sym")
+    capsys.readouterr()
+    run("quantize", packed, "-o", tmp_path / "out", "--format", "awq", code=2)
+    assert "is int5-g32-sym, which awq cannot hold" in said(capsys)
+    run(
+        "quantize",
+        packed,
+        "-o",
+        tmp_path / "out",
+        "--format",
+        "awq",
+        "--ignore",
+        "*.down_proj",
+        "--ignore",
+        "*.nil",
+        code=2,
+    )
+    assert "matches no" in said(capsys)
+    run("quantize", packed, "-o", tmp_path / "out", "--format", "awq", "--ignore", "*.down_proj", "-q")
+    assert not any("down_proj" in module for module in Weights(open_checkpoint(tmp_path / "out")).schemes)
+
+
+def test_dense_alone_is_a_conversion(make_model: Any, tmp_path: Path) -> None:
+    model = make_model(dtype="bfloat16")
+    run("quantize", model, "-o", tmp_path / "gguf", "--scheme", "bf16", "-q")
+    run("quantize", tmp_path / "gguf", "-o", tmp_path / "out", "--format", "dense", "-q")
+    before, after = weights_of(model), weights_of(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("kind", ["q4_1", "q5_1"])

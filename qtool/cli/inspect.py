@@ -89,9 +89,14 @@ def command(
         console.result(needed.to_tree(), pages.memory_view(needed))
     else:
         from qtool.inspection.overview import overview
+        from qtool.inspection.statistics import statistics_of
 
-        found = overview(open_headers(model))
-        console.result(found.to_tree(), pages.overview_view(found))
+        checkpoint = open_headers(model)
+        if measured := statistics_of(checkpoint):
+            console.result(measured.to_tree(), pages.statistics_view(measured))
+        else:
+            found = overview(checkpoint)
+            console.result(found.to_tree(), pages.overview_view(found))
     return 0
 
 

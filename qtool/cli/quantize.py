@@ -26,7 +26,11 @@ def command(
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; typed flags go before it.")] = None,
     scheme: Annotated[
         str | None,
-        typer.Option("--scheme", help="w4a16, w3a16-g64-asym, w8a8, fp8-dynamic, nvfp4, mxfp4a16, nf4, llm-int8, ..."),
+        typer.Option(
+            "--scheme",
+            help="w4a16, w3a16-g64-asym, w8a8, fp8-dynamic, nvfp4, mxfp4a16, nf4, llm-int8, ... or one of llama.cpp's "
+            "mixes: q4_k_m, q3_k_s, q8_0, iq4_xs, f16, ...",
+        ),
     ] = None,
     transform: Annotated[
         list[str] | None,
@@ -107,7 +111,11 @@ def command(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option("--engine", metavar="NAME", help="With --recommend: vllm, sglang, transformers, bitsandbytes."),
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="With --recommend: vllm, sglang, transformers, bitsandbytes, llama.cpp (ollama, lmstudio).",
+        ),
     ] = None,
     hardware: Annotated[
         str | None,
@@ -138,12 +146,15 @@ def command(
 ) -> int:
     """Quantize MODEL into the folder OUT.
 
-    Interrupted, the same command goes on where it stopped; done, it says so and changes nothing.
+    Interrupted, the same command goes on where it stopped; done, it says so and changes nothing. A model that is
+    quantized already is laid out anew in another --format, weight for weight.
 
     \b
     qtool quantize ./llama -o ./llama-w4 --scheme w4a16 --data code.jsonl
     qtool quantize ./llama -o ./llama-w4 --eval wiki.txt --max-ppl-increase 1%
     qtool quantize ./llama -o ./llama-fp8 --scheme fp8-dynamic --method rtn --kv fp8
+    qtool quantize ./llama -o ./llama-gguf --scheme q4_k_m --data code.jsonl
+    qtool quantize ./llama-awq -o ./llama-gptq --format gptq
     qtool quantize ./llama --recommend --engine vllm --memory 24GB
     """
     console = state.open_console(

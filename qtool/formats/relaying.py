@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qtool.numerics.grid import QTensor
 
 GGUF_GROUP = 32
+ROWS = 512  # of a weight that are compared at once
 SYMMETRIC = {4: "q4_0", 5: "q5_0", 8: "q8_0"}  # types of GGUF that hold integers
 AFFINE = {4: "q4_1", 5: "q5_1"}
 INTEGERS = {**{name: bits for bits, name in SYMMETRIC.items()}, **{name: bits for bits, name in AFFINE.items()}}
@@ -34,27 +35,46 @@ def relaid_scheme(scheme: QuantScheme, shape: tuple[int, ...], format: Format) -
 
 def relay(module: str, weight: QTensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> QTensor:
     """The same values under an equivalent scheme. Raises QtoolError naming what would be lost."""
-    params, source = weight.params, weight.scheme
+    from qtool.numerics.grid import GridParams
+
     if weight.group_of is not None:
         raise QtoolError(f"`{module}` has its columns in groups of their own (act-order), which are not written", HINT)
-    if source == scheme and (scheme.kind != "int" or params.scale.dtype == scale_dtype):
+    if weight.scheme == scheme and (scheme.kind != "int" or weight.params.scale.dtype == scale_dtype):
         return weight
-    scale, zero = params.scale, _zero(weight)
+    scale, zero = weight.params.scale, _zero(weight)
     groups = scheme.groups(weight.codes.shape[1]) if scheme.granularity == "group" else scale.shape[1]
-    scale = _exact(module, scale.repeat_interleave(groups // scale.shape[1], 1), scale_dtype)
+    scale = _exact(module, "scales", scale.repeat_interleave(groups // scale.shape[1], 1), scale_dtype)
     zero = zero if zero is None else zero.repeat_interleave(groups // zero.shape[1], 1)
     minimum = None
     half = 2.0 ** (scheme.bits - 1)
     if scheme.kind in AFFINE.values():
-        offset = -(zero if zero is not None else scale.new_tensor(half, dtype=scale.float().dtype)) * scale.float()
-        minimum, zero = _exact(module, offset.expand(scale.shape), scale_dtype), None
+        minimum = -(half if zero is None else zero) * scale.float()
+        minimum, zero = _exact(module, "minima", minimum, scale_dtype), None
     elif scheme.symmetric and zero is not None:
         if not bool((zero == half).all()):
             raise QtoolError(f"`{module}` has zero points other than {half:g}, which {scheme} cannot hold", HINT)
         zero = None
     elif not scheme.symmetric and zero is None:
         zero = scale.float().new_full(scale.shape, half)
-    return replace(weight, params=params._replace(scale=scale, zero=zero, super_zero=minimum), scheme=scheme)
+    moved = replace(weight, params=GridParams(scale, zero, super_zero=minimum), scheme=scheme)
+    _check_same(module, weight, moved)
+    return moved
+
+
+def _check_same(module: str, weight: QTensor, moved: QTensor) -> None:
+    """Raises QtoolError unless every weight is worth the same, as far as float32 tells."""
+    from qtool.numerics.grid import stackable
+
+    count = len(weight.codes)
+    rows = [min(ROWS, count - start) for start in range(0, count, ROWS)] if stackable(weight.scheme) else [count]
+    parts = zip(weight.split(rows), moved.split(rows), strict=True) if len(rows) > 1 else [(weight, moved)]
+    changed = sum(int((before.dequantize() != after.dequantize()).sum()) for before, after in parts)
+    if changed:
+        raise QtoolError(
+            f"{changed} of {weight.codes.numel()} weights of `{module}` would change: {moved.scheme} has zero points, "
+            "but their minima are no whole multiples of their scales",
+            HINT,
+        )
 
 
 HINT = "write it out with `--format dense`, or round it again with --requantize and --scheme"
@@ -82,15 +102,15 @@ def _zero(weight: QTensor) -> Tensor | None:
     if weight.scheme.kind not in AFFINE.values():
         return params.zero
     assert params.super_zero is not None
-    zero = (-params.super_zero.float() / params.scale.float()).round()
+    zero = (-params.super_zero.float() / params.scale.float()).round().nan_to_num(0.0)
     return zero.clamp(0, 2**weight.scheme.bits - 1)
 
 
-def _exact(module: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in another type. Raises QtoolError when they are not the same there."""
+def _exact(module: str, what: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales or minima in another type. Raises QtoolError when they are not the same there."""
     moved = values.to(dtype)
     lost = int((moved.to(values.dtype) != values).sum())
     if lost:
         name = str(dtype).removeprefix("torch.")
-        raise QtoolError(f"{lost} of {values.numel()} scales of `{module}` do not exist in {name}", HINT)
+        raise QtoolError(f"{lost} of {values.numel()} {what} of `{module}` do not exist in {name}", HINT)
     return moved

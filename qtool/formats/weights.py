@@ -76,13 +76,12 @@ class Weights:
         self.shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name not in hidden}
         self.kv_tensors = {name: checkpoint.tensors[name] for name in hidden if name.endswith((".k_scale", ".v_scale"))}
         self.dense = {name: checkpoint.tensors[name] for name in self.shapes}
-        dtype = _dense_dtype(checkpoint.config)
         for module, (_, shape) in packed.items():
             name = _dense_name(module, shape)
             self.shapes[name] = shape[::-1] if self.is_transposed(module) else shape
-            self.dense[name] = TensorInfo(name, dtype, self.shapes[name])
+            self.dense[name] = TensorInfo(name, self._dense_dtype(module), self.shapes[name])
         self.experts = {module for module in packed if module in self.shapes}
-        self.changed |= self.experts  # which are dense wherever they are not quantized anew
+        self.write_out(self.experts)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """float32 tensors by dense name. Raises QtoolError naming a tensor with NaN or infinity."""
@@ -134,10 +133,26 @@ class Weights:
     def read_stored(self, name: str) -> Tensor:
         import torch
 
-        if name not in self.experts:
+        if name not in self.changed:
             return self.checkpoint.read(name)
         dtype = getattr(torch, TORCH_NAMES[self.dense[name].dtype])
-        return _experts(self.read_packed(name), self.shapes[name], dtype)
+        if name in self.experts:
+            return _experts(self.read_packed(name), self.shapes[name], dtype)
+        return self.read([name])[name].to(dtype)
+
+    def write_out(self, names: Iterable[str]) -> None:
+        """From now on these quantized tensors count as dense ones that the checkpoint does not have so."""
+        self.changed.update(names)
+
+    def _dense_dtype(self, module: str) -> str:
+        """The type of a weight that was quantized, or that of its scales where these say more than bfloat16 does."""
+        parts = [self.checkpoint.tensors[name] for name in self.packed_names[module]]
+        assert self.format
+        if self.format.scale_dtype("BF16") == "F16" or any(part.dtype == "F16" for part in parts):
+            return "F16"
+        config = self.checkpoint.config
+        said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+        return next((name for name, torch_name in TORCH_NAMES.items() if torch_name == said), "BF16")
 
     def roundings(self, unit: str) -> Mapping[str, tuple[ActivationScheme, Tensor | None]]:
         found: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
@@ -163,12 +178,6 @@ class Weights:
             if name not in self.checkpoint.tensors or prod(self.checkpoint.tensors[name].shape) != 1:
                 raise QtoolError(f"`{name}` in {self.checkpoint.path} is not one number, the scale of keys or values")
         return self.kv, self.checkpoint.read(keys).float(), self.checkpoint.read(values).float()
-
-
-def _dense_dtype(config: Mapping[str, Any]) -> str:
-    """The type of a model's weights before they were quantized, by its config.json."""
-    said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    return next((name for name, torch_name in TORCH_NAMES.items() if torch_name == said), "BF16")
 
 
 def _dense_name(module: str, shape: tuple[int, ...]) -> str:

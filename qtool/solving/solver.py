@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,12 @@ from qtool.calibration.rows import Rows
 from qtool.calibration.self_data import rows_of
 from qtool.calibration.stats import CROSS
 from qtool.calibration.tokens import Tokenizer, TokenRows, too_little_data
+from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import StagedOutput
 from qtool.errors import QtoolError
 from qtool.formats.relaying import relay
 from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.job import KV_PARTS, Job
 from qtool.models.architectures import LLAMA
 from qtool.models.blockwise import BlockModel
@@ -52,6 +55,11 @@ class Solver:
         self.biasings = [t for t in job.transforms if isinstance(t, BiasTransform)]
         self.notes = self._notes()
         self.rows: TokenRows | None = None
+
+    @cached_property
+    def written(self) -> Checkpoint:
+        """What is staged, by its headers: they stand from the beginning."""
+        return open_checkpoint(self.staged.folder)
 
     def run(self, batch_tokens: int) -> None:
         """Every unit that is not done."""
@@ -116,7 +124,9 @@ class Solver:
         for linear in unit.linears:
             start = time.perf_counter()
             dtype = TORCH_DTYPES[self.job.scale_dtype(linear)]
-            weight = relay(linear.module, source.read_packed(linear.module), linear.scheme, dtype)
+            weight = source.read_packed(linear.module)
+            if self.job.format.name != "dense":  # of which only the values are left
+                weight = relay(linear.module, weight, linear.scheme, dtype)
             held = self.job.format.held(weight, linear.source.dtype)
             record.pack(linear, held)
             record.layers.append(layer_record(linear, Errors(0.0, None), time.perf_counter() - start))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from qtool.calibration.rows import Rows
 from qtool.calibration.stats import CROSS, SECOND, VECTORS, Moments
 from qtool.formats.weights import check_finite
-from qtool.gguf.checkpoint import open_checkpoint
 from qtool.job import KV_PARTS
 from qtool.methods import Method
 from qtool.methods.rtn import RTN
@@ -247,7 +246,7 @@ class UnitWork:
 
     def put_back(self) -> None:
         """The written tensors of a finished unit back into its block."""
-        written = open_checkpoint(self.solver.staged.folder)
+        written = self.solver.written
         for linear in self.unit.linears:
             solved = read_back(written, self.job, linear)
             self.parameters.weight(linear.module).copy_(solved.dequantize())
