@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
 from qtool.checkpoint.writer import MANIFEST, StagedOutput, write_json
 from qtool.errors import QtoolError, ReadError
 from qtool.gguf.checkpoint import open_checkpoint
+from qtool.gguf.container import GGUFContainer
 from qtool.job import Job, readers
 from qtool.memory import return_freed_memory
 from qtool.models.loading import load_tokenizer
@@ -58,11 +59,10 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
         check_same(typed, known, identity)
         report = Report.from_tree(known["report"])
         if job.recipe.eval and known.get("evaluation_recipe") != _evaluation_tree(job.recipe):
-            _evaluate(job, out, report, options, progress, watch)
-            newer = {**known, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
-            write_json(out / (MANIFEST + ".new"), newer)
-            (out / (MANIFEST + ".new")).replace(out / MANIFEST)
+            _evaluate(job, out, known, report, options, progress, watch)
         return report, True
+    if job.recipe.eval:
+        _check_evaluation(job, options)
     from qtool.models.blockwise import pick_device
     from qtool.solving.solver import Solver
 
@@ -84,17 +84,17 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
             staged.discard()
             raise
     report = _report(job, typed, str(device), staged, resumed)
-    _evaluate(job, staged.folder, report, options, progress, watch)
     report.stages_s, report.wall_s, report.peak_memory_bytes = watch.stages_s, watch.wall_s, peak_memory_bytes()
     manifest = {
         "qtool": __version__,
         "identity": identity,
-        "evaluation_recipe": _evaluation_tree(job.recipe),
         "source_files": [asdict(f) for f in source],
         "files": [{"name": p.name, "size_bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in staged.files()],
         "report": report.to_tree(),
     }
     staged.publish(manifest)
+    if job.recipe.eval:  # of what is there already: if it fails, no work is lost
+        _evaluate(job, out, manifest, report, options, progress, watch)
     return report, False
 
 
@@ -214,16 +214,39 @@ def _evaluation_tree(recipe: Recipe) -> dict[str, Any] | None:
     return {**asdict(recipe.eval), "files": {str(p): sha256_file(p) for p in local_files(recipe.eval.data)}}
 
 
+def _check_evaluation(job: Job, options: RunOptions) -> None:
+    """Raises what the evaluation would after all the work."""
+    from qtool.evaluation.evaluate import check
+
+    assert job.recipe.eval
+    gguf = job.container.metadata if isinstance(job.container, GGUFContainer) else None
+    check(job.checkpoint.path, job.recipe.eval, options.device, gguf)
+
+
 def _evaluate(
-    job: Job, folder: Path, report: Report, options: RunOptions, progress: Progress, watch: Stopwatch
+    job: Job,
+    out: Path,
+    manifest: Mapping[str, Any],
+    report: Report,
+    options: RunOptions,
+    progress: Progress,
+    watch: Stopwatch,
 ) -> None:
-    """Measure the written model against its source, if the recipe asks for it, and hold it to the gates."""
-    if job.recipe.eval is None:
-        return
+    """Measure the output against its source, hold it to the gates, and put that into its manifest."""
     from qtool.evaluation.evaluate import evaluate
     from qtool.evaluation.gates import check_gates
 
-    with watch.stage("evaluate"):
-        result = evaluate(folder, job.checkpoint.path, job.recipe.eval, options.device, progress)
+    assert job.recipe.eval
+    try:
+        with watch.stage("evaluate"):
+            result = evaluate(out, job.checkpoint.path, job.recipe.eval, options.device, progress)
+    except QtoolError as error:
+        again = "the same command evaluates again; without an evaluation it has nothing left to do"
+        raise type(error)(f"{report.output} is whole, but not evaluated: {error.message}", error.hint or again) from None
     report.evaluation = {**result.to_tree(), "model": report.output}
     report.gates = check_gates(result, job.recipe.eval)
+    report.stages_s["evaluate"] = watch.stages_s["evaluate"]
+    report.wall_s, report.peak_memory_bytes = watch.wall_s, peak_memory_bytes()
+    newer = {**manifest, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
+    write_json(out / (MANIFEST + ".new"), newer)
+    (out / (MANIFEST + ".new")).replace(out / MANIFEST)

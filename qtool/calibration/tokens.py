@@ -31,7 +31,7 @@ class Tokenizer:
     """A model's tokenizer: ids with BOS where the model expects it, and no EOS."""
 
     def __init__(self, root: Path, vocabulary: int) -> None:
-        self.home = root
+        self.home, self.vocabulary = root, vocabulary
         try:
             self.inner: Any = load_tokenizer(root)
         except Exception as error:  # tokenizers raises nothing more exact for a damaged tokenizer.json

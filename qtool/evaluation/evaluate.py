@@ -16,7 +16,8 @@ from qtool.evaluation.protocols import EvalRows, eval_rows, scored_bytes
 from qtool.evaluation.statistics import Estimate
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import open_checkpoint
-from qtool.gguf.tokenizer import same_vocabulary
+from qtool.gguf.file import Metadata
+from qtool.gguf.tokenizer import same_vocabulary, tokenizer_of
 from qtool.memory import return_freed_memory
 from qtool.models.blockwise import BlockModel, pick_device
 from qtool.recipe import EvalSpec
@@ -118,13 +119,31 @@ def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, pr
     )
 
 
+def check(path: Path, spec: EvalSpec, device: str, gguf: Metadata | None = None) -> None:
+    """Raises before any work what `evaluate` would of a model that is made from the one in `path`, and the latter.
+
+    `gguf` is what the model says of itself if it is a GGUF file.
+    """
+    base = _open(path, pick_device(device))
+    tokenizer = Tokenizer(base.home, base.config.vocab_size)
+    if gguf and not same_vocabulary(tokenizer_of(gguf), tokenizer.inner, tokenizer.vocabulary):
+        raise UsageError(
+            f"the tokenizer of {base.home} becomes another one in a GGUF file: their tokens cannot be compared",
+            "leave the evaluation out",
+        )
+    eval_rows(spec, tokenizer, base.context)
+
+
 def _common(tokenizer: Tokenizer, base: Tokenizer) -> Tokenizer:
     """The tokenizer for both models; beside a GGUF file's, put together from its keys, that of the files themselves.
 
     Raises UsageError where the same token stands for other text.
     """
     of_file, of_base = tokenizer.home.is_file(), base.home.is_file()
-    if tokenizer.sha256 != base.sha256 and not ((of_file or of_base) and same_vocabulary(tokenizer.inner, base.inner)):
+    same = tokenizer.sha256 == base.sha256
+    if not same and (of_file or of_base):
+        same = same_vocabulary(tokenizer.inner, base.inner, min(tokenizer.vocabulary, base.vocabulary))
+    if not same:
         raise UsageError(f"{tokenizer.home} and {base.home} have different tokenizers: their tokens cannot be compared")
     return base if of_file else tokenizer
 

@@ -117,15 +117,18 @@ def tokenizer_of(metadata: Metadata) -> PreTrainedTokenizerFast:
     )
 
 
-def same_vocabulary(first: Any, second: Any) -> bool:
-    """Whether two tokenizers of transformers have the same tokens under the same ids, fillers `[PAD7]` aside."""
-    return _real_tokens(first) == _real_tokens(second)
+def same_vocabulary(first: Any, second: Any, vocabulary: int) -> bool:
+    """Whether two tokenizers of transformers have the same tokens under the same ids, fillers `[PAD7]` aside.
+
+    `vocabulary` is the number of rows of the embedding: a token past the last row does not count.
+    """
+    return _real_tokens(first, vocabulary) == _real_tokens(second, vocabulary)
 
 
-def _real_tokens(tokenizer: Any) -> dict[str, int]:
+def _real_tokens(tokenizer: Any, vocabulary: int) -> dict[str, int]:
     # llama.cpp's converter spells the spaces of some added tokens as spaces
     vocab: dict[str, int] = tokenizer.get_vocab()
-    return {token.replace(SPACE, " "): i for token, i in vocab.items() if token != f"[PAD{i}]"}
+    return {token.replace(SPACE, " "): i for token, i in vocab.items() if i < vocabulary and token != f"[PAD{i}]"}
 
 
 # Writing
