@@ -7,40 +7,67 @@ from math import prod
 from typing import Any
 
 from qtool.models.architectures import config_value
-from qtool.plan import Plan
+from qtool.plan import Linear, Plan
 from qtool.recipe import DataSpec
 
 PROCESS_BYTES = 350e6  # Python with torch and transformers
-SEARCH_S = 30e-9  # per weight: scale search, packing, hashing
+CORES = 2
+SEARCH_NS = {  # per weight on one core: the search for scales and codes
+    "q4_0": 180, "q4_1": 370, "q5_0": 150, "q5_1": 430, "q8_0": 150, "q2_k": 680, "q3_k": 310, "q4_k": 670,
+    "q5_k": 680, "q6_k": 480, "iq4_nl": 780, "iq4_xs": 820, "mxfp4": 80, "nvfp4": 170, "nf4": 160, "nf4-dq": 160,
+    "fp4": 160, "fp4-dq": 160, "f32": 5, "f16": 5, "bf16": 5,
+}  # fmt: skip
+OTHERS_NS = 60
+WRITE_S = 10e-9  # per weight: reading, packing, hashing
+ROUNDING_BYTES = 16  # per weight that is rounded at once
+AT_ONCE = 1 << 24  # weights that are rounded at once where rows stand for themselves
 FLOP_PER_S = 1.5e11  # float32 matrix products
 SCALES_S = 4e-6  # per weight on which a transform compares some forty scales, of which there are SAMPLE_ROWS rows
 SAMPLE_ROWS = 256
 
 
 def estimate(
-    plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping[str, Any], scalings: int = 0
+    plan: Plan,
+    needs: Collection[str],
+    data: DataSpec,
+    config: Mapping[str, Any],
+    scalings: int = 0,
+    searched: bool = True,
 ) -> tuple[float, float]:
     """Bytes of memory and seconds of time of a run, rough but of the right order.
 
-    It `needs` these moments, and has so many transforms that search for scales.
+    It `needs` these moments, and has so many transforms that search for scales; weights that are laid out anew as
+    they are need no search.
     """
-    shapes = [linear.shape for linear in plan.linears]
-    weights = sum(map(prod, shapes))
+    search_ns = sum(prod(x.shape) * SEARCH_NS.get(x.scheme.kind, OTHERS_NS) for x in plan.linears) if searched else 0
+    round_s = search_ns * 1e-9 / CORES + sum(prod(x.shape) for x in plan.linears) * WRITE_S
     if not needs:
-        largest = max(prod(info.shape) for info in [*(x.source for x in plan.linears), *(k.source for k in plan.kept)])
-        return PROCESS_BYTES + 16 * largest, weights * SEARCH_S
+        kept = max((k.source.size_bytes for k in plan.kept), default=0)
+        return PROCESS_BYTES + max([kept, *map(_rounding_bytes, plan.linears)]), round_s
     streams = 2 if "cross" in needs else 1
     context = min(int(config_value(config, "max_position_embeddings") or 2048), 2048)
     tokens = (data.rows or 128) * (data.seqlen or context)
     hidden = tokens * int(config_value(config, "hidden_size") or 0) * 4 * streams
-    blocks = [unit for unit in plan.units if unit.linears]
+    units = [unit for unit in plan.units if unit.linears]
+    blocks = [unit for unit in units if unit.name.rpartition(".")[2].isdigit()] or units
+    tables = [linear for unit in units if unit not in blocks for linear in unit.linears]  # no data comes there
+    shapes = [linear.shape for unit in blocks for linear in unit.linears]
     block = max(sum(4 * prod(linear.shape) for linear in unit.linears) for unit in blocks) * streams
     inputs = {linear.shape[1] for linear in blocks[0].linears}
     matrices = streams if "second" in needs else 0
     moments = sum(4 * n * n for n in inputs) * matrices + (3 * 4 * max(inputs) ** 2 if matrices else 0)
-    forward = 2 * weights * tokens * (2 if streams == 1 else 6)
+    forward = 2 * sum(map(prod, shapes)) * tokens * (2 if streams == 1 else 6)
     solve = sum(6 * out * n * n + n**3 for out, n in shapes) if matrices else 0
     moment_flop = sum(2 * tokens * n * n for n in inputs) * len(blocks) * matrices
-    searched = scalings * sum(min(out, SAMPLE_ROWS) * n for out, n in shapes)
-    wall_s = weights * SEARCH_S + searched * SCALES_S + (forward + solve + moment_flop) / FLOP_PER_S
-    return PROCESS_BYTES + hidden + block + moments, wall_s
+    compared = scalings * sum(min(out, SAMPLE_ROWS) * n for out, n in shapes)
+    wall_s = round_s + compared * SCALES_S + (forward + solve + moment_flop) / FLOP_PER_S
+    return PROCESS_BYTES + hidden + max([block + moments, *map(_rounding_bytes, tables)]), wall_s
+
+
+def _rounding_bytes(linear: Linear) -> float:
+    """Of a weight while it is rounded without data, a few rows at a time where that gives the same."""
+    scheme, weights = linear.scheme, prod(linear.shape)
+    by_rows = scheme.granularity in ("channel", "group") and scheme.kind not in ("nvfp4", "nf4-dq", "fp4-dq")
+    if weights <= AT_ONCE or not by_rows or scheme.outliers or linear.transposed:
+        return ROUNDING_BYTES * weights
+    return ROUNDING_BYTES * AT_ONCE + weights * scheme.bits_per_weight(linear.shape) / 8

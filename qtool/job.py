@@ -146,7 +146,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
         if recipe.ignore[: len(DEFAULT_IGNORE)] == DEFAULT_IGNORE:
             others = tuple(pattern for pattern in DEFAULT_IGNORE if pattern not in EMBEDDINGS)
             recipe = replace(recipe, ignore=others + recipe.ignore[len(DEFAULT_IGNORE) :])
-    mixed = Mixed(mix, container, checkpoint.config, tensors, bool(wanted)) if mix else None
+    mixed = Mixed(mix, container, bool(wanted)) if mix else None
     plan = make_plan(
         tensors,
         recipe,
@@ -262,7 +262,8 @@ def describe(job: Job) -> dict[str, Any]:
         reasons.setdefault(kept.reason, []).append(kept.source.size_bytes)
     scalings = sum(isinstance(transform, ScaleTransform) for transform in job.transforms)
     needs = job.wanted - {"squares"}  # which come from a file
-    memory_bytes, wall_s = estimate(job.plan, needs, job.recipe.data, job.checkpoint.config, scalings)
+    searched = job.method is not None
+    memory_bytes, wall_s = estimate(job.plan, needs, job.recipe.data, job.checkpoint.config, scalings, searched)
     return {
         "model": job.model,
         "architecture": job.checkpoint.config.get("model_type", "unknown"),

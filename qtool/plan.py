@@ -16,7 +16,7 @@ from math import prod
 from qtool.errors import UsageError
 from qtool.headers import WEIGHT_DTYPES, TensorInfo
 from qtool.recipe import DEFAULT_IGNORE, Recipe
-from qtool.scheme import QuantScheme
+from qtool.scheme import BLOCK_TYPES, QuantScheme
 
 OUTSIDE = "outside the blocks"
 MASK = "a mask, not a weight"
@@ -68,11 +68,11 @@ class Unit:
 
 
 Layout = Callable[[Linear], list[TensorInfo]]  # the tensors that stand for a linear
-Stored = Callable[[TensorInfo], TensorInfo | None]  # how a kept tensor is written, None for not at all
+Stored = Callable[[TensorInfo], TensorInfo | str]  # how a kept tensor is written, or why no such tensor is
 Files = Callable[[list[TensorInfo]], dict[str, TensorInfo]]  # in which file each is
 
 
-def _as_it_is(info: TensorInfo) -> TensorInfo | None:
+def _as_it_is(info: TensorInfo) -> TensorInfo:
     return info
 
 
@@ -135,8 +135,8 @@ def make_plan(
     `solvable` says which modules the method can work on, `storable` why the format cannot store a linear, if so,
     `transposed` which modules store their weight [in, out]. `added` are tensors that the source does not have.
     `scheme_of` gives module and shape their scheme where it is not the same for all, None to keep a matrix as it is.
-    `stored` and `files` are those of the container. `written_out` are quantized tensors that become dense.
-    Raises UsageError with every problem in it."""
+    `stored` and `files` are those of the container: what it leaves out is kept, whatever it is. `written_out`
+    are quantized tensors that become dense. Raises UsageError with every problem in it."""
     problems: list[str] = []
     hints: list[str] = []
     for pattern in (*recipe.layers, *recipe.ignore):
@@ -151,6 +151,9 @@ def make_plan(
         reason = _why_kept(info, recipe.ignore)
         if info.name in written_out:
             reason = Kept(info, "written out as it is worth", True)
+        place = stored(info)
+        if isinstance(place, str):
+            reason = Kept(info, place, True)
         if reason:
             kept.append(reason)
             modules.append(module)
@@ -256,7 +259,8 @@ def _check_shapes(linears: list[Linear], problems: list[str], hints: list[str]) 
         if wanted.kind in ("nf4", "nf4-dq", "fp4", "fp4-dq"):  # their format has nothing that fits every shape
             hints.append(f"leave these layers as they are: `--ignore '{pattern}'`")
             continue
-        instead = "fp8-dynamic" if wanted.kind == "fp8-e4m3" else "int8-channel-sym"
+        others = {"fp8-e4m3": "fp8-dynamic", **dict.fromkeys(BLOCK_TYPES, "q8_0" if inputs % 32 == 0 else "f16")}
+        instead = others.get(wanted.kind, "int8-channel-sym")
         hints.append(f"give these layers another scheme: `--layer '{pattern}={instead}'`{smaller}")
 
 
@@ -341,7 +345,7 @@ def _outputs(units: Iterable[Unit], layout: Layout, stored: Stored) -> list[Tens
     outputs: list[TensorInfo] = []
     for unit in units:
         kept = [stored(kept.source) for kept in unit.kept]
-        outputs += [*(info for info in kept if info), *unit.added]
+        outputs += [*(info for info in kept if isinstance(info, TensorInfo)), *unit.added]
         for linear in unit.linears:
             outputs += layout(linear)
     return outputs

@@ -480,7 +480,7 @@ def _container(checkpoint: Checkpoint) -> GGUFContainer | str:
 
 def _mix_bytes(target: Target, mix: Mix, checkpoint: Checkpoint, container: GGUFContainer) -> int:
     """All tensors of a GGUF file."""
-    mixed = Mixed(mix, container, checkpoint.config, checkpoint.tensors, target.needs_data)
+    mixed = Mixed(mix, container, target.needs_data)
     ignore = tuple(pattern for pattern in DEFAULT_IGNORE if pattern not in EMBEDDINGS)
     plan = make_plan(
         checkpoint.tensors,

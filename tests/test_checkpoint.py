@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.checkpoint import reader
-from qtool.checkpoint.hub import local_path, locate
+from qtool.checkpoint.hub import local_path, locate, open_headers
 from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
 from qtool.checkpoint.writer import JOURNAL, StagedOutput, partial_path
 from qtool.errors import QtoolError, UsageError
@@ -220,6 +221,85 @@ def test_a_hub_id_without_a_network() -> None:
         locate("no-such-org-of-qtool/no-such-model")
     assert "`no-such-org-of-qtool/no-such-model` is no local folder" in caught.value.message
     assert caught.value.hint
+
+
+@pytest.fixture
+def gguf_hub(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """A repository `org/gguf` as they are on the hub; what was fetched from it, with the revision."""
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError, RemoteEntryNotFoundError
+
+    folder, fetched = tmp_path / "hub", []
+    run(make_model(), tmp_path / "made", {"scheme": "f16"})
+    (folder / "BF16").mkdir(parents=True)
+    shutil.copyfile(tmp_path / "made" / "model.gguf", folder / "tiny-F16.gguf")
+    parts = [f"BF16/tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    files = ["README.md", *parts, "imatrix.gguf", "mmproj.gguf", *(f"tiny-Q{i}.gguf" for i in range(2, 7))]
+    for name in files:
+        (folder / name).write_bytes(b"")
+    files.append("tiny-F16.gguf")
+
+    def hf_hub_download(repo: str, file: str, revision: str | None) -> str:
+        assert repo == "org/gguf"
+        if file not in files:
+            response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+            raise RemoteEntryNotFoundError("404", response=response)
+        fetched.append((file, revision))
+        return str(folder / file)
+
+    def get_safetensors_metadata(repo: str, revision: str | None) -> None:
+        raise NotASafetensorsRepoError(repo)
+
+    def snapshot_download(repo: str, allow_patterns: list[str], **_: Any) -> str:
+        assert not any(Path("a.gguf").match(pattern) for pattern in allow_patterns)
+        return str(tmp_path / "made-without-weights")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", get_safetensors_metadata)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision: files)
+    return fetched
+
+
+def test_one_gguf_file_of_the_hub(gguf_hub: list[Any], tmp_path: Path) -> None:
+    assert locate("org/gguf/tiny-F16.gguf") == tmp_path / "hub" / "tiny-F16.gguf"
+    checkpoint = open_headers("org/gguf@v1.0/tiny-F16.gguf")
+    assert checkpoint.config["model_type"] == "llama"
+    assert gguf_hub == [("tiny-F16.gguf", None), ("tiny-F16.gguf", "v1.0")]
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_split_gguf_file_of_the_hub(gguf_hub: list[Any], tmp_path: Path, part: int) -> None:
+    parts = [f"BF16/tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    assert locate(f"org/gguf@refs/pr/7/{parts[part - 1]}") == tmp_path / "hub" / parts[0]
+    assert gguf_hub == [(name, "refs/pr/7") for name in parts]
+
+
+@pytest.mark.parametrize("command", [locate, open_headers])
+def test_a_gguf_repository_is_not_downloaded_whole(gguf_hub: list[Any], command: Callable[[str], Any]) -> None:
+    first = "BF16/tiny-00001-of-00003.gguf"
+    listed = f"{first}, tiny-F16.gguf, tiny-Q2.gguf, tiny-Q3.gguf, tiny-Q4.gguf, tiny-Q5.gguf, ..."
+    with pytest.raises(UsageError) as caught:
+        command("org/gguf@v1")
+    assert caught.value.message == f"`org/gguf@v1` on the hub is a repository of GGUF files: {listed}"
+    assert caught.value.hint == f"give one of them: `org/gguf@v1/{first}`"
+    with pytest.raises(UsageError) as caught:
+        command("org/gguf/tiny-Q9.gguf")
+    assert caught.value.message == f"`org/gguf` on the hub has no `tiny-Q9.gguf`: its GGUF files are {listed}"
+    assert gguf_hub == []
+
+
+def test_a_gguf_file_of_the_hub_without_a_network() -> None:
+    with pytest.raises(QtoolError, match="is no local folder and is not in the cache") as caught:
+        locate("no-such-org-of-qtool/no-such-model/x.gguf")
+    assert not isinstance(caught.value, UsageError)
+
+
+def test_a_gguf_file_that_is_not_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"no such file or folder: models/llama/absent\.gguf"):
+        locate("models/llama/absent.gguf")
 
 
 def test_a_tensor_of_an_unknown_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

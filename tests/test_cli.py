@@ -605,7 +605,7 @@ method           rtn
 format           compressed-tensors: vLLM, SGLang, transformers
 size             189.06 kB -> 90.72 kB
 bits per weight  5.306
-memory           about 350.33 MB
+memory           about 350.13 MB
 time             about 0.00 s on two CPU cores
 """
 

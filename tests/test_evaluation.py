@@ -1,5 +1,6 @@
 """`qtool.evaluation`: which tokens are scored, the figures with their errors, the whole against a naive computation."""
 
+import dataclasses
 import json
 import math
 import random
@@ -23,6 +24,7 @@ from qtool.evaluation.protocols import eval_rows, hidden_positions, scored_bytes
 from qtool.formats.weights import Weights
 from qtool.job import prepare
 from qtool.methods import METHODS
+from qtool.models.blockwise import BlockModel
 from qtool.pipeline import RunOptions, quantize
 from qtool.recipe import DataSpec, EvalSpec, build
 
@@ -546,6 +548,36 @@ def test_batches_and_slices_are_speed_only(pair, text_file, monkeypatch, batch_t
     assert places[0] == places[1]
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+@pytest.mark.parametrize("protocol", ["windows", "rows"])
+def test_portions_are_memory_only(pair, text_file, monkeypatch, rows_at_once, protocol):
+    path, base = pair()
+    tokenizer = Tokenizer(path, 320)
+    rows = eval_rows(spec_of(text_file, protocol=protocol, rows=12), tokenizer, 128)
+    monkeypatch.setattr(losses, "BATCH_TOKENS", 64)
+
+    def measure():
+        models = [BlockModel(folder, Weights(Checkpoint(folder)), torch.device("cpu")) for folder in (path, base)]
+        steps = []
+        found = losses.token_losses(*models, rows, lambda *step: steps.append(step))
+        return found, [step[1:3] for step in steps if step[0] == "evaluate model"]
+
+    usual, steps = measure()
+    assert steps == [(1, 2), (2, 2)]
+    width = models_width(path)
+    monkeypatch.setattr(losses, "CPU_BYTES", rows_at_once * 32 * 2 * 4 * width)
+    other, steps = measure()
+    assert len(steps) >= 2 * (4 if rows_at_once == 3 else 6)
+    assert steps == [(i + 1, len(steps)) for i in range(len(steps))]
+    for field in dataclasses.fields(usual):
+        if field.name != "model_s":
+            assert torch.equal(getattr(usual, field.name), getattr(other, field.name)), field.name
+
+
+def models_width(path):
+    return json.loads((path / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+
+
 @pytest.mark.parametrize("scheme", ["int4-g32-sym", "int3-g16-asym", "int8-channel-sym"])
 def test_a_packed_checkpoint_evaluates_as_its_dequantized_copy(make_model, text_file, tmp_path, scheme):
     source, packed, dense = make_model(), tmp_path / "packed", tmp_path / "dense"
@@ -587,6 +619,103 @@ def test_different_tokenizers_are_refused(pair, text_file, tmp_path):
     with pytest.raises(UsageError) as raised:
         evaluate(path, other, spec_of(text_file), "cpu", silent)
     assert raised.value.message == (f"{path} and {other} have different tokenizers: their tokens cannot be compared")
+
+
+@pytest.fixture
+def with_a_token_more(make_model, tmp_path):
+    """As Gemma 3 1B is: its tokenizer has one added token past the last row of the embedding."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(make_model("gemma3_text", dtype="float32", vocab_size=300), tmp_path / "more")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.add_tokens(["<image>"]) == 1
+    assert tokenizer.convert_tokens_to_ids("<image>") == 300
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_past_the_embedding_does_not_make_another_tokenizer(with_a_token_more, text_file, tmp_path):
+    data = {"source": str(text_file), "rows": 3, "seqlen": 32}
+    tree = {"scheme": "q4_k_m", "method": "rtn", "eval": {"data": data}}
+    job = prepare(str(with_a_token_more), build(tree, METHODS))
+    report, _ = quantize(job, tmp_path / "out", RunOptions("cpu"), silent)
+    assert report.evaluation["comparison"]["kl"]["value"] > 0
+    beside = evaluate(tmp_path / "out" / "model.gguf", with_a_token_more, spec_of(text_file, rows=3), "cpu", silent)
+    assert beside.comparison.kl.value == report.evaluation["comparison"]["kl"]["value"]
+
+
+# ---- evaluation at the end of a run
+
+
+def job_with(model, text_file, **data):
+    tree = {"scheme": "q4_k_m", "method": "rtn", "eval": {"data": {"source": str(text_file), "rows": 3, **data}}}
+    return prepare(str(model), build(tree, METHODS))
+
+
+def test_what_an_evaluation_refuses_is_known_before_any_work(make_model, text_file, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("", encoding="utf-8")
+    out, model = tmp_path / "out", make_model()
+    for job, message in [
+        (job_with(model, text_file, seqlen=4096), "rows of 4096 tokens do not fit the model"),
+        (job_with(model, short), "empty"),
+    ]:
+        with pytest.raises(QtoolError, match=message):
+            quantize(job, out, RunOptions("cpu"), silent)
+        assert not list(tmp_path.glob("out*"))
+    job = job_with(model, text_file, seqlen=32)
+    tokens = job.container.metadata["tokenizer.ggml.tokens"]
+    tokens[260], tokens[261] = tokens[261], tokens[260]
+    with pytest.raises(UsageError, match="becomes another one in a GGUF file"):
+        quantize(job, out, RunOptions("cpu"), silent)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("failure", [QtoolError("no luck", "try a shorter text"), KeyboardInterrupt(), MemoryError()])
+def test_when_an_evaluation_fails_the_output_is_there(make_model, text_file, tmp_path, monkeypatch, failure):
+    from qtool.evaluation import evaluate as module
+
+    def fails(*_):
+        raise failure
+
+    def solves(*_):
+        raise AssertionError("nothing is left to solve")
+
+    out, job = tmp_path / "out", job_with(make_model(), text_file, seqlen=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", fails)
+        with pytest.raises(type(failure)) as raised:
+            quantize(job, out, RunOptions("cpu"), silent)
+    if isinstance(failure, QtoolError):
+        assert raised.value.message == f"{out} is whole, but could not be evaluated: no luck"
+        assert raised.value.hint == "try a shorter text"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    monkeypatch.setattr("qtool.solving.solver.Solver.run", solves)
+    plain = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, eval=None))
+    report, up_to_date = quantize(plain, out, RunOptions("cpu"), silent)
+    assert up_to_date
+    assert report.evaluation is None
+    report, up_to_date = quantize(job, out, RunOptions("cpu"), silent)
+    assert up_to_date
+    assert report.evaluation["comparison"]["kl"]["value"] > 0
+    assert json.loads((out / "manifest.json").read_text())["report"] == json.loads(json.dumps(report.to_tree()))
+    assert "evaluate" in report.stages_s
+
+
+def test_a_gguf_header_is_parsed_once(make_model, text_file, tmp_path, monkeypatch):
+    from qtool.gguf import file
+    from qtool.models.loading import config_tree, load_config, load_tokenizer
+
+    model = make_model("llama", tie_word_embeddings=False)
+    quantize(prepare(str(model), build({"scheme": "f16"}, METHODS)), tmp_path / "out", RunOptions("cpu"), silent)
+    path, read, parsed = tmp_path / "out" / "model.gguf", file._read_header, []
+    monkeypatch.setattr(file, "_read_header", lambda path: parsed.append(path) or read(path))
+    assert config_tree(path)["vocab_size"] == load_config(path).vocab_size == 320
+    assert len(load_tokenizer(path)) == 320
+    assert parsed == [path]
+    path.write_bytes(path.read_bytes() + b" ")
+    config_tree(path)
+    assert parsed == [path, path], "another file: read again"
 
 
 def test_different_vocabularies_are_refused(pair, make_model, text_file):

@@ -417,7 +417,7 @@ DAMAGES = {
     "packed into bytes": (V1, say(pack_dtype="int8"), "int8"),
     "dynamic": (V1, say(dynamic=[1]), "`dynamic`"),
     "no settings": (V1, say(dynamic={"+:m": 3}), "`dynamic`"),
-    "no pattern": (V1, say(dynamic={"+:(": {}}), "which is no pattern"),
+    "no pattern": (V1, say(dynamic={"+:(": {}}), "the pattern `(`: missing )"),
     "left alone": (V1, say(dynamic={"-:m": {}}), "left alone"),
     "dynamic bits": (V2, say(dynamic={"m": {"bits": []}}), "have [] bits"),
     "no qweight": (V1, put("m.qweight", None), "has qzeros but no qweight"),

@@ -31,17 +31,21 @@ from qtool.errors import QtoolError
 from qtool.evaluation.describe import describe
 from qtool.formats import FORMATS, READ_ONLY, get_format
 from qtool.formats.weights import Weights
-from qtool.gguf.checkpoint import open_checkpoint
+from qtool.gguf.checkpoint import GGUFCheckpoint, open_checkpoint
+from qtool.gguf.tokenizer import tokenizer_of
 from qtool.headers import TORCH_NAMES
 from qtool.inspection.memory import memory
 from qtool.inspection.overview import overview
+from qtool.job import describe as describe_job
+from qtool.job import prepare
 from qtool.numerics.grid import QTensor, grid_of
-from qtool.recipe import DataSpec, EvalSpec
+from qtool.recipe import DataSpec, EvalSpec, build
 from qtool.scheme import EXAMPLES, KV_SCHEMES, QuantScheme
 
 FILE, MODULE, BLOCK = "model.safetensors", "model.layers.0.mlp.up_proj", "model.layers.0"
 SHAPE = (64, 256)
 MOST_SECONDS, MOST_BYTES = 2.0, 200e6
+RELAID = ("dense", "gguf", "gptq", "compressed-tensors")  # formats that all damaged sources go through, on paper
 SAMPLE = 25  # damages of a kind that are tried of each case, but for one case per format in the slow suite
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 64,
@@ -146,8 +150,14 @@ def probe(path: Path) -> list[str]:
             with suppress_said(said):
                 weights.read([name])
 
+    def tokenizer() -> None:
+        checkpoint = open_checkpoint(path)
+        if isinstance(checkpoint, GGUFCheckpoint):
+            tokenizer_of(checkpoint.metadata)
+
     steps: list[Callable[[], object]] = [
         values,
+        tokenizer,
         lambda: overview(open_checkpoint(path)).to_tree(),
         lambda: memory(open_checkpoint(path), 4096, 1).to_tree(),
         lambda: describe(path, None, EvalSpec(DataSpec())),
@@ -155,6 +165,9 @@ def probe(path: Path) -> list[str]:
     for step in steps:
         with suppress_said(said):
             step()
+    for name in RELAID:
+        with suppress_said([]):  # not every format can hold it
+            describe_job(prepare(str(path), build({"format": name}, ())))
     return said
 
 
@@ -177,6 +190,7 @@ def check(folder: Path, damages: Damages, thorough: bool, seed: int = 0) -> None
     if not thorough and len(chosen) > SAMPLE:
         chosen = random.Random(seed).sample(chosen, SAMPLE)
     wrong = []
+    probe(put(folder, SOUND["dense"]))  # imports count for no damage
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for what, files in chosen:
         start = time.perf_counter()
@@ -414,7 +428,8 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path, case: str, capsys:
         del damaged["flat"]
     for what, changed in damaged.items():
         path = put(tmp_path / "m", changed)
-        for command in (["inspect", path], ["eval-ppl", path, "--dry-run", "--data", text]):
+        relay = ["quantize", path, "--format", "dense", "--dry-run"]
+        for command in (["inspect", path], ["eval-ppl", path, "--dry-run", "--data", text], relay):
             capsys.readouterr()
             code = run([str(argument) for argument in command])
             out, err = capsys.readouterr()

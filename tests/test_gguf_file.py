@@ -532,7 +532,7 @@ def convert(source: Checkpoint, out: Path, kinds: dict[str, str]) -> tuple[dict[
             block = KINDS[kinds[info.name]]
             row_bytes = info.shape[1] // block.weights * block.size_bytes
             infos.append(TensorInfo(info.name, "U8", (info.shape[0], row_bytes)))
-        elif stored := container.stored(info):
+        elif isinstance(stored := container.stored(info), TensorInfo):
             infos.append(stored)
     tensors = container.files(infos)
     staged = StagedOutput(out, tensors, {}, False, container)
@@ -620,7 +620,8 @@ def test_tensors_that_do_not_go_into_a_file(make_model: MakeModel) -> None:
     source = Checkpoint(make_model("llama"))
     model = GGUFModel.of_config(source.config)
     container = GGUFContainer(model, model.metadata(), {})
-    assert container.stored(TensorInfo("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (8,))) is None
+    inv_freq = TensorInfo("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (8,))
+    assert container.stored(inv_freq) == "not in a GGUF file"
     with pytest.raises(UsageError, match=r"model\.layers\.0\.self_attn\.what\.weight"):
         container.stored(TensorInfo("model.layers.0.self_attn.what.weight", "BF16", (8, 8)))
     with pytest.raises(UsageError, match=r"`model\.norm\.weight` is I64: GGUF files hold F16, BF16, F32 and blocks"):

@@ -15,10 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from qtool.checkpoint.reader import Checkpoint
+from qtool.containers import Mixed, container_for
 from qtool.errors import QtoolError, UsageError
+from qtool.formats import get_format
 from qtool.gguf import rope
 from qtool.gguf.architectures import ARCHITECTURES
+from qtool.gguf.container import GGUFContainer
+from qtool.gguf.file import header_bytes
 from qtool.gguf.model import GGUFModel, config_of
+from qtool.mixes import MIXES
 from tests.conftest import OWN, SMALL, VOCABULARY, MakeModel
 
 FULL = {"use_sliding_window": False}
@@ -575,3 +581,39 @@ def test_no_key_does_more_harm_than_an_error(data: st.DataObject, kind: str, val
     key = data.draw(st.sampled_from([*config, *FIELDS]))
     with contextlib.suppress(QtoolError):
         GGUFModel.of_config({**config, key: value}).metadata()
+
+
+NUMBERS = (None, True, -1, 0, 1, 3, 2**31, 10**20, 10**400, 1.5, math.nan, math.inf, 1e-320)
+OTHERS: tuple[Any, ...] = (
+    "", "x", "\ud800", [], [None], [WINDOW], {}, {"type": 5}, {"rope_type": []}, {"rope_type": "llama3"},
+    {"rope_type": "linear", "factor": None}, {"rope_type": "longrope", "factor": 1e15}, {"full_attention": 3},
+    {"full_attention": {}, "sliding_attention": {"rope_type": []}}, {"rope_type": "yarn", "truncate": [], "factor": 2},
+    {"rope_type": "yarn", "factor": 1e15, "mscale": 1e-30, "mscale_all_dim": 1e15},
+)  # fmt: skip
+MORE_FIELDS = (
+    *FIELDS, "_name_or_path", "attn_logit_softcapping", "hidden_activation", "mlp_bias", "num_local_experts",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_local_base_freq", "rope_parameters",
+    "rotary_emb_base", "sliding_window_pattern", "use_bidirectional_attention",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "gemma3"])
+def test_no_field_of_a_config_does_more_harm_than_an_error(kind: str, make_model: MakeModel) -> None:
+    """Wrong types, nothing, and numbers as large as JSON has them; also of what is made of the config.json later."""
+    nested = kind == "gemma3"
+    config = tiny("gemma3_text" if nested else kind)
+    checkpoint, mix = Checkpoint(make_model()), MIXES["q4_k_m"]
+    for field in {*config, *MORE_FIELDS}:
+        for value in (*NUMBERS, *OTHERS):
+            changed = {**config, field: value}
+            with contextlib.suppress(QtoolError):
+                changed = {"model_type": "gemma3", "text_config": changed, field: value} if nested else changed
+                container = container_for(get_format("gguf"), checkpoint, changed, mix)
+                assert isinstance(container, GGUFContainer)
+                assert container.model.problem({}) is not None
+                header_bytes(container.metadata, [])
+                Mixed(mix, container, False)
+
+
+def test_a_rotation_of_windows_that_is_null_is_the_usual_one() -> None:
+    assert published("gemma3_text", rope_local_base_freq=None) == published("gemma3_text")

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import random
+import time
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,8 +20,9 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qtool.errors import QtoolError, UsageError
+from qtool.gguf import merges as joining
 from qtool.gguf.file import Metadata
-from qtool.gguf.merges import LONGEST_TOKEN, merges_of_scores, scores_of
+from qtool.gguf.merges import LONGEST_TOKEN, joined_otherwise, merges_of_scores, scores_of
 from qtool.gguf.pretokenizers import DIGIT, GPT2, LLAMA3, PRETOKENIZERS, QWEN2, SPELLED_OUT, pre_of
 from qtool.gguf.tokenizer import (
     BYTE,
@@ -219,7 +221,7 @@ def test_read_back_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
     assert metadata["tokenizer.ggml.add_bos_token"] == ("without bos" not in kind and kind != "qwen2")
     back = tokenizer_of(metadata)
     assert different(ids(source), ids(back), TEXTS + FUZZ) == []
-    assert same_vocabulary(source, back)
+    assert same_vocabulary(source, back, len(source))
     for text in TEXTS:
         found = ids(source)(text)
         assert back.decode(found) == source.decode(found)
@@ -632,8 +634,36 @@ def test_the_first_merge_to_a_token_counts() -> None:
 
 
 def test_a_token_too_long_to_take_apart() -> None:
-    with pytest.raises(QtoolError, match="characters"):
+    with pytest.raises(QtoolError, match=f"a token of {LONGEST_TOKEN + 1} characters"):
         merges_of_scores({"a" * (LONGEST_TOKEN + 1): 0.0})
+
+
+@pytest.mark.parametrize("long", [True, False], ids=["too much to read", "too many ways"])
+def test_tokens_too_many_to_take_apart(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = ["a" * length for length in range(1, LONGEST_TOKEN + 1)]
+    monkeypatch.setattr(joining, "MOST_CHARACTERS" if long else "MOST_MERGES", 32000)
+    with pytest.raises(QtoolError, match="32896 in all" if long else "the 256 tokens can be made .* in 32000 ways"):
+        merges_of_scores(dict.fromkeys(tokens, 0.0))
+    if long:
+        with pytest.raises(QtoolError, match="32896 in all"):
+            joined_otherwise({"vocab": dict.fromkeys(tokens, 0), "merges": []}, ())
+
+
+def test_long_tokens_end_soon() -> None:
+    chance = random.Random(0)
+    scores = {"".join(chance.choices("ab", k=LONGEST_TOKEN)): 0.0 for _ in range(17000)}
+    start = time.perf_counter()
+    with pytest.raises(QtoolError, match="in all"):
+        merges_of_scores(scores)
+    assert time.perf_counter() - start < 1
+
+
+@given(tokens=st.lists(st.text("abc", min_size=1, max_size=6), unique=True, max_size=30))
+def test_every_way_to_make_a_token_counts(tokens: list[str]) -> None:
+    scores = {token: -float(i) for i, token in enumerate(tokens)}
+    pairs = [(left, right) for left in tokens for right in tokens if left + right in scores]
+    order = sorted(pairs, key=lambda pair: (-scores["".join(pair)], -len(pair[0])))
+    assert merges_of_scores(scores) == order
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -587,6 +587,7 @@ def hub(monkeypatch, packed, dense):
 
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", get_safetensors_metadata)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(folders[repo] / file))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision: ["pytorch_model.bin"])
     return folders
 
 

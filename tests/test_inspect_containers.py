@@ -234,6 +234,18 @@ def test_what_is_not_read_is_shown_all_the_same(foreign: Path) -> None:
     assert is_quantized(open_weights(open_checkpoint(foreign)))
 
 
+def test_experts_of_a_known_architecture_are_shown_all_the_same(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "moe.gguf", "llama", MOE, llama__expert_count=4, llama__block_count=1)
+    found = overview(open_checkpoint(path))
+    assert (found.architecture, found.model_type, found.dimensions) == ("llama", None, {"num_hidden_layers": 1})
+    kinds = {k.pattern: (k.stored_as, k.shape) for k in found.kinds}
+    assert kinds["*.ffn_gate_exps"] == ("q4_k", (4, 128, 256))
+    said = "qtool does not know the architecture `llama` with experts: tensors have the names that llama.cpp gives them"
+    assert found.notes[0] == said
+    weights = open_weights(open_checkpoint(path))
+    assert "blk.0.ffn_gate_exps" not in weights.schemes
+
+
 def foreign_bytes(path: Path) -> int:
     return sum(int(tensor.n_bytes) for tensor in stored(path).values())
 
@@ -465,6 +477,9 @@ def foreign_copy(folder: Path, to: Path, change: Callable[[dict[str, Any]], obje
     return Checkpoint(to)
 
 
+UNREAD_PATTERNS = "the ignore list of config.json has patterns that are not read"
+
+
 @pytest.mark.parametrize(
     ("format", "scheme", "entry", "why"),
     [
@@ -474,7 +489,8 @@ def foreign_copy(folder: Path, to: Path, change: Callable[[dict[str, Any]], obje
         ("gptq", "int4-g128-sym", {"dynamic": {"-:.*embed_tokens": {}}}, "in the ignore list of config.json"),
         ("gptq", "int4-g128-sym", {"dynamic": {"-:lm_head": {}}}, "config.json does not say why"),
         ("compressed-tensors", "w4a16", {"ignore": ["re:.*embed.*"]}, "in the ignore list of config.json"),
-        ("compressed-tensors", "w4a16", {"ignore": ["re:("]}, "nothing in the quantization_config names it"),
+        ("compressed-tensors", "w4a16", {"ignore": ["re:("]}, UNREAD_PATTERNS),
+        ("compressed-tensors", "w4a16", {"ignore": ["re:([a-z_.]+)+Q"]}, UNREAD_PATTERNS),
         ("bitsandbytes", "nf4", {"llm_int8_skip_modules": ["lm_head"]}, "config.json does not say why"),
     ],
 )

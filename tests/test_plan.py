@@ -66,6 +66,7 @@ def test_every_problem_is_told_at_once() -> None:
     tensors = llama(inner=136)  # down_proj has 136 inputs
     recipe = Recipe(
         scheme="int4-g32-sym",
+        method="gptq",
         layers={"*.v_proj": "int8-channel-sym", "*.w2": "int8-channel-sym"},
         ignore=(*DEFAULT_IGNORE, "*.gate_proj", "*.absent"),
         strict=True,

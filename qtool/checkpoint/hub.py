@@ -7,16 +7,42 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError
-from qtool.gguf.checkpoint import open_checkpoint
+from qtool.gguf.checkpoint import BESIDE_A_MODEL, open_checkpoint
+from qtool.gguf.file import PART
 from qtool.headers import TensorInfo
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(refs/pr/)?[\w./-]+?))?(/(?P<file>[\w./ +-]+\.gguf))?"
+)
 WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository on the hub, a branch, tag or commit of it, and one GGUF file if just that is meant."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def of(cls, model: str) -> HubId:
+        match = HUB_ID.fullmatch(model)
+        assert match, model
+        return cls(match["repo"], match["revision"], match["file"])
+
+    @property
+    def without_file(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+    def __str__(self) -> str:
+        return f"{self.without_file}/{self.file}" if self.file else self.without_file
 
 
 def local_path(model: str) -> Path | None:
@@ -28,7 +54,8 @@ def local_path(model: str) -> Path | None:
                 f"{path} is neither a .safetensors nor a .gguf file", "give a folder, such a file, or a hub id"
             )
         return path
-    if not HUB_ID.fullmatch(model) or model.startswith((".", "/", "~")):
+    match = HUB_ID.fullmatch(model)
+    if not match or model.startswith((".", "/", "~")) or (match["file"] and path.parent.exists()):
         raise UsageError(f"no such file or folder: {model}", "a hub id looks like `org/name` or `org/name@revision`")
     return None
 
@@ -36,46 +63,57 @@ def local_path(model: str) -> Path | None:
 def locate(model: str) -> Path:
     """The local folder or file of MODEL; a hub id (`org/name` or `org/name@revision`) is downloaded to the cache.
 
+    Of a repository of GGUF files that is the one named (`org/name/file.gguf`), with the other parts of a split one.
     Raises UsageError when there is no such path or id, QtoolError when the hub cannot be reached.
     """
     path = local_path(model)
     if path:
         return path
+    hub_id = HubId.of(model)
     with _explained(model):
-        return _snapshot(model, cached_only=False)
+        if hub_id.file:
+            return _gguf_file(hub_id, hub_id.file)
+        folder = _snapshot(hub_id, cached_only=False)
+        if not any(folder.glob("*.safetensors")):
+            _refuse_gguf(hub_id)
+        return folder
 
 
 def open_headers(model: str) -> Checkpoint:
     """The checkpoint of MODEL for those who need only headers: of a hub id, just these and config.json are fetched.
 
-    What the cache holds is taken when the hub cannot be reached. Raises as `locate` does.
+    A GGUF file is fetched as a whole. What the cache holds is taken when the hub cannot be reached. Raises as
+    `locate` does.
     """
     path = local_path(model)
     if path:
         return open_checkpoint(path)
+    hub_id = HubId.of(model)
+    if hub_id.file:
+        return open_checkpoint(locate(model))
     import httpx
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     with _explained(model):
         try:
-            return _fetch_headers(model)
+            return _fetch_headers(hub_id)
         except (OfflineModeIsEnabled, httpx.TransportError):
-            return open_checkpoint(_snapshot(model, cached_only=True))
+            return open_checkpoint(_snapshot(hub_id, cached_only=True))
 
 
-def _fetch_headers(model: str) -> Checkpoint:
+def _fetch_headers(hub_id: HubId) -> Checkpoint:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, RemoteEntryNotFoundError, SafetensorsParsingError
 
-    repo, _, revision = model.partition("@")
     try:
-        metadata = get_safetensors_metadata(repo, revision=revision or None)
+        metadata = get_safetensors_metadata(hub_id.repo, revision=hub_id.revision)
     except NotASafetensorsRepoError:
-        raise UsageError(f"`{model}` on the hub has neither model.safetensors nor an index of such files") from None
+        _refuse_gguf(hub_id)
+        raise UsageError(f"`{hub_id}` on the hub has neither model.safetensors nor an index of such files") from None
     except SafetensorsParsingError as error:
-        raise QtoolError(f"`{model}` on the hub: {error}") from None
+        raise QtoolError(f"`{hub_id}` on the hub: {error}") from None
     try:
-        config_file = hf_hub_download(repo, "config.json", revision=revision or None)
+        config_file = hf_hub_download(hub_id.repo, "config.json", revision=hub_id.revision)
         config: dict[str, Any] = json.loads(Path(config_file).read_text(encoding="utf-8"))
     except RemoteEntryNotFoundError:
         config = {}
@@ -83,16 +121,47 @@ def _fetch_headers(model: str) -> Checkpoint:
     for file, header in sorted(metadata.files_metadata.items()):
         for name, info in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
             infos.append(TensorInfo(name, info.dtype, tuple(info.shape), file))
-    return Checkpoint.from_headers(Path(model), config, infos)
+    return Checkpoint.from_headers(Path(str(hub_id)), config, infos)
 
 
-def _snapshot(model: str, cached_only: bool) -> Path:
+def _gguf_file(hub_id: HubId, file: str) -> Path:
+    """A GGUF file in the cache; of a split one the first part, with the others beside it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    parts = [file]
+    if (match := PART.fullmatch(file)) and int(match[3]):
+        parts = [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
+    try:
+        paths = [Path(hf_hub_download(hub_id.repo, part, revision=hub_id.revision)) for part in parts]
+    except RemoteEntryNotFoundError:
+        _refuse_gguf(hub_id)
+        raise UsageError(f"`{hub_id.without_file}` on the hub has no GGUF files") from None
+    return paths[0]
+
+
+def _refuse_gguf(hub_id: HubId) -> None:
+    """Raises UsageError with what to type where a repository holds GGUF files: which one is not guessed."""
+    from huggingface_hub import list_repo_files
+
+    files = sorted(file for file in list_repo_files(hub_id.repo, revision=hub_id.revision) if file.endswith(".gguf"))
+    first = [file for file in files if not (part := PART.fullmatch(file)) or int(part[2]) == 1]
+    models = [file for file in first if not BESIDE_A_MODEL.search(file)]
+    if models:
+        listed = ", ".join(models[:6]) + (", ..." if len(models) > 6 else "")
+        what = f"has no `{hub_id.file}`: its GGUF files are" if hub_id.file else "is a repository of GGUF files:"
+        raise UsageError(
+            f"`{hub_id.without_file}` on the hub {what} {listed}",
+            f"give one of them: `{hub_id.without_file}/{models[0]}`",
+        )
+
+
+def _snapshot(hub_id: HubId, cached_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = model.partition("@")
     folder = snapshot_download(
-        repo,
-        revision=revision or None,
+        hub_id.repo,
+        revision=hub_id.revision,
         allow_patterns=WANTED_FILES,
         ignore_patterns=["consolidated*"],
         local_files_only=cached_only,

@@ -41,8 +41,8 @@ class FileLayout(NamedTuple):
 class Container(Protocol):
     """How tensors lie in files."""
 
-    def stored(self, info: TensorInfo) -> TensorInfo | None:
-        """How a tensor of the source that stays unquantized stands there, or None where it is left out."""
+    def stored(self, info: TensorInfo) -> TensorInfo | str:
+        """How a tensor of the source that stays unquantized stands there, or why it is left out."""
         ...
 
     def files(self, tensors: list[TensorInfo]) -> dict[str, TensorInfo]:
@@ -65,7 +65,7 @@ class Container(Protocol):
 class Safetensors:
     """The container of most formats: shards of at most 5 GB."""
 
-    def stored(self, info: TensorInfo) -> TensorInfo | None:
+    def stored(self, info: TensorInfo) -> TensorInfo:
         return info
 
     def files(self, tensors: list[TensorInfo]) -> dict[str, TensorInfo]:

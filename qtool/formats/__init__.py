@@ -141,10 +141,18 @@ def format_for(schemes: Iterable[QuantScheme], transposed: bool = False) -> str:
     """The format that these schemes are usually stored in: the first of the table that can store them all.
 
     `transposed`: the linears of the model store their weight [in, out], which only some readers know.
+    Raises UsageError where none but dense can.
     """
-    candidates = [name for name in FORMATS if get_format(name).takes_transposed or not transposed]
-    wanted = list(schemes)
-    return next(name for name in candidates if not any(get_format(name).problem(scheme) for scheme in wanted))
+    wanted = list(dict.fromkeys(schemes))
+    for name in FORMATS:
+        format = get_format(name)
+        can = name != "dense" and (format.takes_transposed or not transposed)
+        if can and not any(format.problem(scheme) for scheme in wanted):
+            return name
+    raise UsageError(
+        f"no format stores {' and '.join(map(str, wanted))}{' of this model' if transposed else ' together'}",
+        "choose schemes of one format, or `--format dense`, which writes out what they are worth",
+    )
 
 
 def least_capable(readers: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qtool.errors import QtoolError, UsageError, shown
 from qtool.formats import Format
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header, read_json
-from qtool.headers import TensorInfo
+from qtool.headers import TORCH_NAMES, TensorInfo
 from qtool.scheme import KINDS, NESTED_BLOCK, ActivationScheme, QuantScheme
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ MARKS = (SCB, *STATES.values())  # every packed module has one of them
 LONGEST_STATE = 1 << 12
 LARGEST = 3.4028235e38  # of float32
 BLOCK = KINDS["nf4"].group_size or 0
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 LONGEST_FLOAT = -1.7976931348623157e308
 
 
@@ -108,7 +107,7 @@ class BitsAndBytes(Format):
             "_load_in_8bit": eight,
             "load_in_4bit": not eight,
             "load_in_8bit": eight,
-            "bnb_4bit_compute_dtype": "float32" if eight else DTYPES[dtype],
+            "bnb_4bit_compute_dtype": "float32" if eight else TORCH_NAMES[dtype],
             "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_quant_type": "nf4" if "nf4" in kinds else "fp4",
             "bnb_4bit_use_double_quant": any(_is_nested(scheme) for scheme in schemes.values()),
@@ -223,7 +222,7 @@ def _check_map(name: str, values: Tensor, expected: Tensor) -> None:
 def _spelled(
     scheme: QuantScheme,
     shape: tuple[int, ...],
-    dtype: str = max(DTYPES.values(), key=len),
+    dtype: str = max(TORCH_NAMES.values(), key=len),
     offset: float = LONGEST_FLOAT,
 ) -> str:
     """The JSON object of a quant_state; with the defaults it is as long as it can get."""
@@ -264,7 +263,7 @@ def _pack_four_bits(weight: QTensor, dtype: str) -> dict[str, Tensor]:
     scheme, params, shape = weight.scheme, weight.params, tuple(weight.codes.shape)
     codes = weight.codes.flatten()
     offset = 0.0 if params.super_zero is None else float(params.super_zero)
-    state = _spelled(scheme, shape, DTYPES[dtype], offset).ljust(len(_spelled(scheme, shape)))
+    state = _spelled(scheme, shape, TORCH_NAMES[dtype], offset).ljust(len(_spelled(scheme, shape)))
     tensors = {
         WEIGHT: (codes[::2] << 4 | codes[1::2])[:, None],
         ABSMAX: params.scale.flatten(),

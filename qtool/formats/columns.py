@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError, UsageError
 from qtool.formats.compressed_tensors_config import by_scheme
+from qtool.formats.patterns import begins
 from qtool.headers import TensorInfo
 from qtool.scheme import ActivationScheme, QuantScheme, packed_words
 
@@ -24,7 +25,7 @@ QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # what vLLM and SGLang call them when joined
 LEFT_ALONE = QuantScheme(kind="none")  # stands among the schemes for what has none
-Rules = list[tuple[re.Pattern[str], dict[str, Any] | None]]
+Rules = list[tuple[str, dict[str, Any] | None]]
 
 
 def scheme_problem(scheme: QuantScheme, name: str, bits: tuple[int, ...], group_sizes: tuple[int, ...]) -> str | None:
@@ -163,17 +164,13 @@ def rules_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Rules:
         raise QtoolError(f"`dynamic` in the quantization_config of {checkpoint.path} is not patterns with settings")
     rules: Rules = []
     for text, change in dynamic.items():
-        try:
-            pattern = re.compile(text.removeprefix("+:").removeprefix("-:"))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise QtoolError(f"`dynamic` of {checkpoint.path} has `{text}`, which is no pattern: {error}") from None
-        rules.append((pattern, None if text.startswith("-:") else change))
+        rules.append((text.removeprefix("+:").removeprefix("-:"), None if text.startswith("-:") else change))
     return rules
 
 
 def settings_of(checkpoint: Checkpoint, config: dict[str, Any], rules: Rules, module: str) -> dict[str, Any]:
     """What config.json says of a quantized module."""
-    change = next((change for pattern, change in rules if pattern.match(module)), {})
+    change = next((change for pattern, change in rules if begins(pattern, module)), {})
     if change is None:
         raise QtoolError(f"`{module}` in {checkpoint.path} is quantized, but `dynamic` says that it was left alone")
     return {**config, **change}

@@ -9,6 +9,7 @@ from typing import Any
 
 from qtool.errors import QtoolError, shown
 from qtool.formats.checks import field, names_in
+from qtool.formats.patterns import begins
 from qtool.scheme import BLOCK, KINDS, WITH_OWN_ACTIVATIONS, ActivationScheme, QuantScheme
 
 VERSION = "0.19.0"
@@ -157,15 +158,8 @@ def match(module: str, groups: list[tuple[list[str], QuantScheme]]) -> QuantSche
 
 
 def matches_target(target: str, module: str) -> bool:
-    """Whether a target, or an entry of `ignore`, names a module. Raises QtoolError for one that is no pattern."""
-    if not target.startswith("re:"):
-        return target == module
-    try:
-        return re.match(target[3:], module) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise QtoolError(
-            f"the quantization_config has the target `{shown(target)}`, which is no pattern: {error}"
-        ) from None
+    """Whether a target, or an entry of `ignore`, names a module. Raises QtoolError as `begins` does."""
+    return begins(target[3:], module) if target.startswith("re:") else target == module
 
 
 def by_scheme(schemes: dict[str, QuantScheme]) -> dict[QuantScheme, list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import UsageError
+from qtool.errors import QtoolError, UsageError
 from qtool.formats import Format
 from qtool.headers import TensorInfo
 from qtool.scheme import BLOCK_TYPES, FLOATS, MXFP4_BLOCK, ActivationScheme, BlockType, QuantScheme
@@ -48,21 +48,16 @@ class GGUF(Format):
         return [TensorInfo(f"{module}.weight", "U8", (shape[0], shape[1] // block.weights * block.size_bytes))]
 
     def pack(self, module: str, weight: QTensor, dtype: str = "BF16") -> dict[str, Tensor]:
-        if weight.scheme.kind in FLOATS:
-            return {f"{module}.weight": weight.codes}
         from qtool.formats.gguf_blocks import pack_blocks
 
-        return {f"{module}.weight": pack_blocks(weight)}
+        return {f"{module}.weight": weight.codes if weight.scheme.kind in FLOATS else pack_blocks(weight)}
 
     def unpack(self, module: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> QTensor:
+        from qtool.formats.gguf_blocks import unpack_blocks
         from qtool.numerics.grid import float_tensor
 
         stored = tensors[f"{module}.weight"]
-        if scheme.kind in FLOATS:
-            return float_tensor(stored)
-        from qtool.formats.gguf_blocks import unpack_blocks
-
-        return unpack_blocks(stored, scheme)
+        return float_tensor(stored) if scheme.kind in FLOATS else unpack_blocks(stored, scheme)
 
     def config(
         self,
@@ -81,10 +76,12 @@ class GGUF(Format):
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         from qtool.gguf.checkpoint import GGUFCheckpoint
 
-        assert isinstance(checkpoint, GGUFCheckpoint)
+        if not isinstance(checkpoint, GGUFCheckpoint):
+            raise QtoolError(f"{checkpoint.path} has safetensors, but its config.json says `quant_method`: gguf")
         found: dict[str, tuple[QuantScheme, tuple[int, ...]]] = {}
         for name, kind in checkpoint.kinds.items():
-            if kind in BLOCK_TYPES or kind == MXFP4:
+            matrix = len(checkpoint.tensors[name].shape) == 2  # experts are not
+            if matrix and (kind in BLOCK_TYPES or kind == MXFP4):
                 scheme = QuantScheme.parse("mxfp4a16" if kind == MXFP4 else kind)
                 rows, row_bytes = checkpoint.tensors[name].shape
                 block = block_of(scheme)

@@ -13,18 +13,14 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.gguf import block_of
 from qtool.numerics.grid import GridParams, QTensor
-from qtool.scheme import BLOCK_TYPES, FLOATS, MXFP4_BLOCK, BlockType, QuantScheme
-
-FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+from qtool.scheme import QuantScheme
 
 
 def pack_blocks(weight: QTensor) -> Tensor:
-    """The rows of a weight as they lie in a file, uint8 [O, bytes of a row]; of float types their bytes."""
-    kind = weight.scheme.kind
-    if kind in FLOATS:
-        return weight.codes.contiguous().view(torch.uint8)
-    block = _block_of(weight.scheme)
+    """The rows of a weight as they lie in a file, uint8 [O, bytes of a row]."""
+    kind, block = weight.scheme.kind, block_of(weight.scheme)
     codes = weight.codes.unflatten(1, (-1, block.weights))
     absent = codes.new_empty(len(codes), 0)
     params = [(absent if values is None else values).unflatten(1, (codes.shape[1], -1)) for values in weight.params]
@@ -35,10 +31,7 @@ def pack_blocks(weight: QTensor) -> Tensor:
 
 def unpack_blocks(raw: Tensor, scheme: QuantScheme) -> QTensor:
     """The inverse of `pack_blocks`. Raises QtoolError where rows are no whole number of blocks."""
-    if scheme.kind in FLOATS:
-        codes = raw.contiguous().view(FLOAT_DTYPES[scheme.kind])
-        return QTensor(codes, GridParams(torch.ones((1, 1), device=raw.device)), scheme)
-    block = _block_of(scheme)
+    block = block_of(scheme)
     if raw.dtype != torch.uint8 or raw.dim() != 2 or raw.shape[1] % block.size_bytes:
         found = f"{str(raw.dtype).removeprefix('torch.')} {list(raw.shape)}"
         raise QtoolError(f"a tensor of {scheme} is {found}: its rows are not blocks of {block.size_bytes} bytes")
@@ -164,7 +157,3 @@ def _bytes(half: Tensor) -> Tensor:
 
 def _half(raw: Tensor) -> Tensor:
     return raw.contiguous().view(torch.float16)
-
-
-def _block_of(scheme: QuantScheme) -> BlockType:
-    return MXFP4_BLOCK if scheme.kind == "mxfp4" else BLOCK_TYPES[scheme.kind]

@@ -13,6 +13,7 @@ from typing import Any
 
 MOST_BLOCKS = 512  # of llama.cpp
 MOST_INTEGER = 2**31 - 1
+MOST_TOKENS = 2**22  # sixteen times the largest vocabulary that is published
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ SIZES = (
 )
 RMS_NORM = Hyperparameter("attention.layer_norm_rms_epsilon", "rms_norm_eps", float)
 WINDOW, FINAL_CAP = "attention.sliding_window", "final_logit_softcapping"
+
+
+HIDDEN, INNER, VOCABULARY, HEAD = "hidden_size", "intermediate_size", "vocab_size", "head_dim"
+QUERY, KEY = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+JOINED, GATED = "(num_attention_heads + 2 * num_key_value_heads) * head_dim", "2 * intermediate_size"
+SHAPES = {  # of weights [out, in], by the last part of a module's name; a bias has the first length, a norm HIDDEN
+    "embed_tokens": (VOCABULARY, HIDDEN), "embed_in": (VOCABULARY, HIDDEN),
+    "lm_head": (VOCABULARY, HIDDEN), "embed_out": (VOCABULARY, HIDDEN),
+    "q_proj": (QUERY, HIDDEN), "k_proj": (KEY, HIDDEN), "v_proj": (KEY, HIDDEN), "o_proj": (HIDDEN, QUERY),
+    "qkv_proj": (JOINED, HIDDEN), "query_key_value": (JOINED, HIDDEN), "dense": (HIDDEN, QUERY),
+    "q_norm": (HEAD,), "k_norm": (HEAD,),
+    "gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER),
+    "gate_up_proj": (GATED, HIDDEN), "dense_h_to_4h": (INNER, HIDDEN), "dense_4h_to_h": (HIDDEN, INNER),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ class GGUFCheckpoint(Checkpoint):
 
     `tensors` are in file order under their Hugging Face names; what is stored in blocks is U8 [rows, row_bytes], and
     `kinds` says of what type: a key of qtool.scheme.BLOCK_TYPES, "mxfp4", or in capitals a type that is not read.
-    `config` is what config.json would say, and `metadata` what the file does. Of an architecture that is not known
-    the config names only that, and tensors keep the names that they have in the file. Raises QtoolError naming a
-    damaged file or a tensor that its architecture has not, UsageError when a folder has not exactly one model.
+    `config` is what config.json would say, and `metadata` what the file does. Of an architecture that is not known,
+    or has experts, the config names only that, and tensors keep the names that they have in the file. Raises
+    QtoolError naming a damaged file or a tensor that its architecture has not, UsageError when a folder has not
+    exactly one model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,9 +47,13 @@ class GGUFCheckpoint(Checkpoint):
         if isinstance(architecture, str) and architecture.isprintable():
             self.config = {"gguf_architecture": architecture[:80]}
         is_model = self.metadata.get("general.type", "model") == "model"  # others are adapters, an imatrix, ...
-        if is_model and architecture in [known.name for known in ARCHITECTURES.values()]:
+        experts = self.metadata.get(f"{architecture}.expert_count")
+        if is_model and not experts and architecture in [known.name for known in ARCHITECTURES.values()]:
             self.config = config_of(self.metadata, list(self.file.tensors), self._factors())
             self.model = GGUFModel.of_config(self.config)
+            shapes = {self.model.hf_name(x.name) or x.name: x.shape for x in self.file.tensors.values()}
+            if problem := self.model.problem(shapes, "the GGUF file"):
+                raise QtoolError(f"{self.file.path}: {problem}")
         self.config = {**self.config, "quantization_config": QUANTIZATION}
         self.tensors: dict[str, TensorInfo] = {}
         self.kinds: dict[str, str] = {}

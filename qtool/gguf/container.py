@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,26 +19,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "model.gguf"
+PHI3 = re.compile("(phi)-?(3)", re.IGNORECASE)  # a file with such a name llama.cpp loads only with these tokens
+PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
 
 
 class GGUFContainer:
     """One file for the whole model: llama.cpp reads any size.
 
-    `metadata` is all that the file says of the model, `kinds` the type of each matrix in blocks, by Hugging Face name
-    with `.weight`: a key of qtool.scheme.BLOCK_TYPES or "mxfp4". Such a tensor is U8 [out, row_bytes] in the plan. All
-    else is a float tensor: what has one dimension is F32, as llama.cpp computes with it, and a matrix stays as it is.
+    `metadata` is all that the file says of the model. What is slow to find of it comes from `tokenizer`, when it is
+    first asked for. `kinds` is the type of each matrix in blocks, by Hugging Face name with `.weight`: a key of
+    qtool.scheme.BLOCK_TYPES or "mxfp4". Such a tensor is U8 [out, row_bytes] in the plan. All else is a float tensor:
+    what has one dimension is F32, as llama.cpp computes with it, and a matrix stays as it is.
     """
 
-    def __init__(self, model: GGUFModel, metadata: Metadata, kinds: Mapping[str, str]) -> None:
-        self.model, self.metadata, self.kinds = model, metadata, kinds
+    def __init__(
+        self,
+        model: GGUFModel,
+        metadata: Metadata,
+        kinds: Mapping[str, str],
+        tokenizer: Callable[[], Metadata] = dict,
+    ) -> None:
+        self.model, self._metadata, self.kinds, self._tokenizer = model, metadata, kinds, tokenizer
 
-    def stored(self, info: TensorInfo) -> TensorInfo | None:
-        """How a tensor of the source that is not quantized stands in the file; None where the file leaves it out.
+    def with_kinds(self, kinds: Mapping[str, str]) -> GGUFContainer:
+        """The same file with these matrices in blocks."""
+        return GGUFContainer(self.model, self._metadata, kinds, self._tokenizer)
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """The keys of the file. Raises what `tokenizer` does."""
+        keys = {**self._metadata, **self._tokenizer()}
+        if "general.name" in keys and not set(keys.get("tokenizer.ggml.tokens", ())) >= PHI3_TOKENS:
+            keys["general.name"] = PHI3.sub(r"\1 \2", keys["general.name"])
+        return keys
+
+    def stored(self, info: TensorInfo) -> TensorInfo | str:
+        """How a tensor of the source that is not quantized stands in the file, or why the file leaves it out.
 
         Raises UsageError for one that llama.cpp does not know, or of a type that it does not compute with.
         """
-        if self.model.gguf_name(info.name) is None:
-            return None
+        if why := self.model.left_out(info.name):
+            return why
+        self._name(info)
         if info.dtype not in WEIGHT_DTYPES:
             raise UsageError(f"`{info.name}` is {info.dtype}: GGUF files hold {', '.join(WEIGHT_DTYPES)} and blocks")
         dtype = "F32" if len(info.shape) == 1 else info.dtype
@@ -63,7 +87,7 @@ class GGUFContainer:
     def lay_out(self, tensors: list[TensorInfo]) -> FileLayout:
         """The file with these tensors. What llama.cpp has besides (frequencies of the rotary embedding) lies first.
 
-        Raises UsageError naming a tensor that llama.cpp does not know.
+        Raises UsageError naming a tensor that llama.cpp does not know, and what `tokenizer` raises.
         """
         extra = self.model.extra()
         names = {info.name: self._name(info) for info in tensors}

@@ -8,7 +8,7 @@ from types import EllipsisType
 from typing import Any
 
 from qtool.errors import QtoolError, UsageError
-from qtool.gguf.architectures import MOST_INTEGER, Architecture
+from qtool.gguf.architectures import GATED, INNER, JOINED, KEY, MOST_INTEGER, MOST_TOKENS, QUERY, Architecture
 
 LEAST_FLOAT, MOST_FLOAT = 1e-30, 1e15
 
@@ -85,7 +85,7 @@ def from_config(config: Mapping[str, Any], architecture: Architecture) -> dict[s
             value = number(value, f"`{hyper.name}` of config.json", hyper.kind, hyper.most)
         values[hyper.name] = value
     vocabulary = known.get("vocab_size")
-    values["vocab_size"] = number(vocabulary, "`vocab_size` of config.json")
+    values["vocab_size"] = number(vocabulary, "`vocab_size` of config.json", most=MOST_TOKENS)
     if known.get("head_dim") is not None:
         values["head_dim"] = number(known["head_dim"], "`head_dim` of config.json")
     return with_head_dim(values, architecture, "config.json")
@@ -97,7 +97,7 @@ def from_keys(keys: Keys, architecture: Architecture) -> dict[str, Any]:
     for hyper in architecture.hyperparameters:
         missing = values[hyper.missing] if isinstance(hyper.missing, str) else hyper.missing
         values[hyper.name] = keys.number(hyper.key, hyper.kind, hyper.most, missing)
-    values["vocab_size"] = keys.number("vocab_size", missing=None) or len(_tokens(keys.metadata))
+    values["vocab_size"] = _vocabulary(keys)
     head_dim = keys.number("attention.key_length", missing=None)
     if keys.number("attention.value_length", missing=None) != head_dim:
         raise QtoolError(f"the GGUF file has keys and values of different lengths, which no {architecture.name} has")
@@ -124,6 +124,12 @@ def with_head_dim(values: dict[str, Any], architecture: Architecture, where: str
     return {**values, "head_dim": head_dim}
 
 
+def lengths(values: Mapping[str, Any]) -> dict[str, int]:
+    """The lengths that tensors have, by their names in qtool.gguf.architectures.SHAPES."""
+    query, key = (values[name] * values["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    return {**values, QUERY: query, KEY: key, JOINED: query + 2 * key, GATED: 2 * values[INNER]}
+
+
 def metadata(values: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The keys of a file, without the name of the architecture before them. No window is one of 0."""
     written: dict[str, Any] = {}
@@ -137,8 +143,12 @@ def metadata(values: Mapping[str, Any], architecture: Architecture) -> dict[str,
     return written
 
 
-def _tokens(metadata: Mapping[str, Any]) -> list[Any]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+def _vocabulary(keys: Keys) -> int:
+    """How many tokens a file has; llama.cpp counts them where it can."""
+    tokens = keys.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and tokens:
+        return len(tokens)
+    found = keys.number("vocab_size", most=MOST_TOKENS, missing=None)
+    if found is None:
         raise QtoolError("the GGUF file has neither a key `vocab_size` nor `tokenizer.ggml.tokens`")
-    return tokens
+    return int(found)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any
 
 from qtool.errors import QtoolError
 
-LONGEST_TOKEN = 1024  # characters: all ways to cut a token in two are tried
+LONGEST_TOKEN = 256  # characters: all ways to cut a token in two are tried
+MOST_CHARACTERS = 1 << 22  # of all tokens; Gemma's 262144 have 2 million
+MOST_MERGES = 1 << 20  # Gemma's tokens can be made in 580 thousand ways
 
 Merge = tuple[str, str]
 
@@ -37,21 +40,14 @@ def scores_of(merges: list[Merge], tokens: list[str]) -> list[float]:
 def merges_of_scores(scores: dict[str, float]) -> list[Merge]:
     """Every way to make a token out of two, the token with the highest score first.
 
-    Raises QtoolError for tokens that are too long, and for scores that have no order.
+    Raises QtoolError for tokens that are too long or can be made in too many ways, and for scores that have no order.
     """
-    if longest := next((token for token in scores if len(token) > LONGEST_TOKEN), None):
-        raise QtoolError(
-            f"`tokenizer.ggml.tokens` has a token of {len(longest)} characters; {LONGEST_TOKEN} are the most"
-        )
     if not all(map(math.isfinite, scores.values())):
         raise QtoolError("`tokenizer.ggml.scores` has scores that are not finite")
-    joins = [
-        (-score, -len(left), left, right)
-        for token, score in scores.items()
-        for left, right in _cuts(token)
-        if left in scores and right in scores
-    ]
-    return [(left, right) for *_, left, right in sorted(joins)]
+    joins = list(islice(_joins(scores, scores), MOST_MERGES))
+    if len(joins) == MOST_MERGES:
+        raise QtoolError(f"the {len(scores)} tokens can be made of each other in {MOST_MERGES} ways or more: not read")
+    return sorted(joins, key=lambda join: (-scores[join[0] + join[1]], -len(join[0]), join))
 
 
 def joined_otherwise(model: dict[str, Any], special: Collection[str]) -> set[str]:
@@ -64,12 +60,7 @@ def joined_otherwise(model: dict[str, Any], special: Collection[str]) -> set[str
     merges = merges_of(model)
     parts = {token for token in model["vocab"] if token not in special}
     listed = set(merges)
-    found = {
-        token
-        for token in parts
-        for left, right in _cuts(token)
-        if (left in parts or len(left) == 1) and (right in parts or len(right) == 1) and (left, right) not in listed
-    }
+    found = {left + right for left, right in _joins(parts, parts.union(*parts)) if (left, right) not in listed}
     ranks = ranks_of(merges)
     ordered = all(max(ranks.get(part, -1) for part in merge) < rank for rank, merge in enumerate(merges))
     return set() if ordered and merges_reach(model, found) else found
@@ -87,5 +78,15 @@ def merges_reach(model: dict[str, Any], tokens: Collection[str]) -> bool:
     return all(one.ids == [model["vocab"][token]] for token, one in zip(texts, found, strict=True))
 
 
-def _cuts(token: str) -> Iterator[Merge]:
-    return ((token[:i], token[i:]) for i in range(1, len(token)))
+def _joins(tokens: Collection[str], parts: Collection[str]) -> Iterator[Merge]:
+    """Every way to make one of `tokens` out of two of `parts`. Raises QtoolError for tokens that are too long."""
+    longest, together = max(map(len, tokens), default=0), sum(map(len, tokens))
+    if longest > LONGEST_TOKEN or together > MOST_CHARACTERS:
+        raise QtoolError(
+            f"the tokenizer has a token of {longest} characters, and {together} in all; its merges are looked for up to"
+            f" {LONGEST_TOKEN}, and {MOST_CHARACTERS} in all"
+        )
+    for token in tokens:
+        for i in range(1, len(token)):
+            if token[:i] in parts and token[i:] in parts:
+                yield token[:i], token[i:]

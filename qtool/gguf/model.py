@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError, UsageError
 from qtool.gguf import attention, hyperparameters, rope
-from qtool.gguf.architectures import ARCHITECTURES, NESTED, Architecture
+from qtool.gguf.architectures import ARCHITECTURES, HIDDEN, NESTED, SHAPES, Architecture
 from qtool.gguf.hyperparameters import Keys
 
 if TYPE_CHECKING:
@@ -103,18 +103,50 @@ class GGUFModel:
         return {stored: name for name, stored in self.tensors.items()}
 
     def gguf_name(self, name: str) -> str | None:
-        """What llama.cpp calls a tensor of the checkpoint; None for buffers, other models beside the language model
-        and the head of a tied model, which it does not store.
+        """What llama.cpp calls a tensor of the checkpoint; None for one that is `left_out`.
 
         Raises UsageError for a tensor that it has no place for.
         """
-        own = self._own(name)
-        tied_head = self.tied and own == f"{self.table.head}.weight"
-        if tied_head or own.endswith(NOT_STORED) or own.removeprefix("model.").startswith(OTHER_MODELS):
+        if self.left_out(name):
             return None
+        own = self._own(name)
         if own not in self.tensors:
-            raise UsageError(f"llama.cpp has no place for `{name}` in the architecture {self.architecture}")
+            raise UsageError(
+                f"llama.cpp has no place for `{name}` in the architecture {self.architecture} with {self.blocks} blocks"
+            )
         return self.tensors[own]
+
+    def left_out(self, name: str) -> str | None:
+        """Why a tensor of the checkpoint is not in a file, or None."""
+        own = self._own(name)
+        if self.tied and own == f"{self.table.head}.weight":
+            return "tied to the embedding"
+        if own.removeprefix("model.").startswith(OTHER_MODELS):
+            return "llama.cpp keeps it in another file"
+        return "not in a GGUF file" if own.endswith(NOT_STORED) else None
+
+    def problem(self, shapes: Mapping[str, tuple[int, ...]], where: str = "config.json") -> str | None:
+        """What llama.cpp misses among tensors of these names and shapes [out, in], or would not load; None if nothing.
+
+        Names are those of the checkpoint, and `where` is what says how the model is; other tensors are passed over.
+        """
+        given: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            own = self._own(name)
+            if own in given:
+                return f"`{name}` is there twice, under two names"
+            given[own] = shape
+        lengths = hyperparameters.lengths(self.values)
+        for name in self.tensors:
+            module, _, part = name.rpartition(".")
+            wanted = SHAPES.get(module.rpartition(".")[2], (HIDDEN,))[: 1 if part == "bias" else 2]
+            shape = tuple(lengths[length] for length in wanted)
+            if name not in given:
+                return f"there is no tensor `{name}`, but {where} says {self.architecture} with {self.blocks} blocks"
+            if given[name] != shape:
+                said = f"[{', '.join(wanted)}] = {list(shape)}"
+                return f"`{name}` has the shape {list(given[name])}, but {where} says {said}"
+        return None
 
     def hf_name(self, gguf_name: str) -> str | None:
         """What the checkpoint calls a tensor of llama.cpp; None for one that it does not have (factors of rotary

@@ -59,7 +59,8 @@ def from_config(config: Mapping[str, Any], architecture: Architecture, head_dim:
     if share > 1 or int(head_dim * share) % 2 or (share != 1 and not architecture.partial_rotary):
         raise UsageError(f"llama.cpp cannot rotate {share} of {head_dim} dimensions in {architecture.name}")
     if "rope_local_base_freq" in architecture.defaults:
-        theta = next(v for v in (local.get("rope_theta"), known.get("rope_local_base_freq")) if v is not None)
+        usual = architecture.defaults["rope_local_base_freq"]
+        theta = next(v for v in (local.get("rope_theta"), known.get("rope_local_base_freq"), usual) if v is not None)
         rope["local_theta"] = float(number(theta, "`rope_local_base_freq` of config.json", float))
     if kind in ("yarn", "longrope", "llama3"):
         context = known["max_position_embeddings"]

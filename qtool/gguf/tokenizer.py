@@ -31,7 +31,23 @@ SPACE = "▁"  # U+2581, how the `llama` kind spells a space
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+OLDER_FILES = ("tokenizer.model", "vocab.json")  # of which transformers makes a tokenizer.json
+BESIDE = "copy the model's tokenizer files beside its weights"
 LLAMA_DEFAULTS = {"bos": 1, "eos": 2, "unk": 0}  # what llama.cpp takes for the `llama` kind where the key is missing
+
+
+def check_tokenizer(root: Path) -> None:
+    """Raises the errors of `tokenizer_metadata` that files alone tell, at once: it takes seconds, and this does not."""
+    path = root / "tokenizer.json"
+    if not path.is_file():
+        if not any((root / name).is_file() for name in OLDER_FILES):
+            raise QtoolError(f"{root} has no tokenizer", BESIDE)
+        return
+    try:
+        kind = json.loads(path.read_bytes())["model"].get("type", "BPE")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise QtoolError(f"{path} is no tokenizer: {type(error).__name__} {error!s:.80}", BESIDE) from None
+    _check_kind(kind)
 
 
 def tokenizer_metadata(root: Path, vocabulary: int) -> Metadata:
@@ -142,7 +158,7 @@ def _load(root: Path) -> Any:
     except Exception as error:  # tokenizers raises nothing more exact for a damaged tokenizer.json
         raise QtoolError(
             f"{root} has no tokenizer that transformers can load: {' '.join(str(error).split())[:200]}",
-            "copy the model's tokenizer files beside its weights",
+            BESIDE,
         ) from None
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise _unsupported(f"is a {type(tokenizer).__name__}, which has no tokenizer.json")
@@ -151,8 +167,7 @@ def _load(root: Path) -> Any:
 
 def _check_model(model: dict[str, Any], vocabulary: int) -> None:
     """Raises UsageError for a model other than plain BPE, or with more tokens than `vocabulary`."""
-    if model["type"] != "BPE":
-        raise _unsupported(f"is {model['type']}: only BPE has a form in GGUF that is written here")
+    _check_kind(model["type"])
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[option]:
             raise _unsupported(f"has `{option}` {model[option]!r}")
@@ -162,6 +177,11 @@ def _check_model(model: dict[str, Any], vocabulary: int) -> None:
             f"the tokenizer has a token {last}, but the model's embedding {vocabulary} rows",
             "copy the tokenizer files that came with the model",
         )
+
+
+def _check_kind(kind: object) -> None:
+    if kind != "BPE":
+        raise _unsupported(f"is {kind!s:.40}: only BPE has a form in GGUF that is written here")
 
 
 def _byte_level(spec: dict[str, Any]) -> Metadata:

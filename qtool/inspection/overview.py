@@ -20,6 +20,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import shown
 from qtool.formats import Format, least_capable
 from qtool.formats.gguf import READERS
+from qtool.formats.patterns import begins, problem
 from qtool.formats.weights import Weights
 from qtool.gguf.architectures import SIZES
 from qtool.gguf.checkpoint import GGUFCheckpoint
@@ -235,7 +236,8 @@ def _gguf_notes(checkpoint: GGUFCheckpoint, found: list[Entry]) -> list[str]:
         notes = [f"general.type is `{shown(kind)}`: this is no model"]
     else:
         name = checkpoint.config["gguf_architecture"]
-        notes = [f"qtool does not know the architecture `{name}`: tensors have the names that llama.cpp gives them"]
+        known = f"`{name}` with experts" if checkpoint.metadata.get(f"{name}.expert_count") else f"`{name}`"
+        notes = [f"qtool does not know the architecture {known}: tensors have the names that llama.cpp gives them"]
     unread = [entry for entry in found if entry.is_unread]
     types = (f"{e.stored_as} of {len(e.shape)} dimensions" if len(e.shape) != 2 else e.stored_as for e in unread)
     if unread:
@@ -339,41 +341,37 @@ def _why_not(entry: Entry, weights: Weights, reasons: dict[str, str]) -> str | N
         return None
     if entry.name in reasons:
         return reasons[entry.name]
-    if _ignored(entry.module, weights.checkpoint.config["quantization_config"]):
-        return "in the ignore list of config.json"
     if len(entry.shape) < 2:
         return "a vector, not a matrix"
     if entry.name.endswith("bias"):
         return "a bias, not a weight"
     if isinstance(weights.checkpoint, GGUFCheckpoint):
         return f"the file has it as {entry.dtype}"
+    if said := _ignored(entry.module, weights.checkpoint.config["quantization_config"]):
+        return said
     listing = weights.format is not None and weights.format.name in ("compressed-tensors", "qtool")
     return "nothing in the quantization_config names it" if listing else "config.json does not say why"
 
 
-def _ignored(module: str, config: dict[str, Any]) -> bool:
-    """Whether the quantization_config leaves a module alone: every format has a list of its own for that."""
+def _ignored(module: str, config: dict[str, Any]) -> str | None:
+    """What the quantization_config says of leaving a module alone: every format has a list of its own for that."""
     patterns = _strings(config.get("ignore"))
     names = [*_strings(config.get("llm_int8_skip_modules")), *_strings(config.get("modules_to_not_convert"))]
     rules = [rule.removeprefix("-:") for rule in _strings(config.get("dynamic")) if rule.startswith("-:")]
     regexes = [p.removeprefix("re:") for p in patterns if p.startswith("re:")] + rules
-    return (
+    usable = [regex for regex in regexes if problem(regex, module) is None]
+    if (
         module in patterns
         or any(f".{name}." in f".{module}." or fnmatchcase(f"{module}.", f"{name}.*") for name in names)
-        or any(_begins(module, regex) for regex in regexes)
-    )
+        or any(begins(regex, module) for regex in usable)
+    ):
+        return "in the ignore list of config.json"
+    return "the ignore list of config.json has patterns that are not read" if len(usable) < len(regexes) else None
 
 
 def _strings(value: object) -> list[str]:
     """The strings of a list, or of an object's keys, that a config.json may or may not have."""
     return [item for item in value if isinstance(item, str)] if isinstance(value, (list, dict)) else []
-
-
-def _begins(module: str, regex: str) -> bool:
-    try:
-        return re.match(regex, module) is not None
-    except (re.error, RecursionError, OverflowError):
-        return False
 
 
 def _manifest(checkpoint: Checkpoint) -> tuple[Origin | None, dict[str, str]]:

@@ -5,7 +5,9 @@ of its block (two levels); minima likewise. Levels are those of `codecs`.
 
 mxfp4 is searched as in every format (`search`), the others by `block_search`. Without a search q4_0, q4_1, q5_0,
 q5_1, q8_0 and mxfp4 come out byte for byte as the `gguf` package (0.19) and llama.cpp's reference quantize them:
-these round weights under the scale before it is rounded to its own type, which `ReferenceParams` remembers.
+these round weights under the scale before it is rounded to its own type, which `ReferenceParams` remembers. Other
+bytes may come of denormal weights, of scales past float16, which are infinite there and its largest value here, and
+of a minimum of zero, whose sign is that of whichever zero was found.
 
 Shapes: O out features, I in features, G groups, B blocks of 256, C columns given.
 """
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.headers import TORCH_NAMES
 from qtool.numerics.block_search import F16_MAX, Integers, fit_blocks, fit_groups
 from qtool.numerics.codecs import WITH_MINIMUM, codec_of
 from qtool.numerics.grid import Grid, GridParams, QTensor, Rounder
@@ -31,7 +34,6 @@ INTEGERS = {
     "q6_k": Integers(16, -128, 127),
     "iq4_xs": Integers(8, -32, 31),
 }
-FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FINE_STEP = 1 / 2  # of a scale for a type of one level, over the number of its levels
 IMPORTANCE_FLOOR = 1e-6  # of the mean of a block: where no importance is, all weights count the same
 
@@ -186,7 +188,8 @@ class FloatGrid(Grid):
 
     @property
     def dtype(self) -> torch.dtype:
-        return FLOAT_DTYPES[self.scheme.kind]
+        found: torch.dtype = getattr(torch, TORCH_NAMES[self.scheme.kind.upper()])
+        return found
 
 
 def _half(values: Tensor) -> Tensor:

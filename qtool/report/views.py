@@ -37,6 +37,7 @@ def plan_view(plan: Tree) -> View:
         *([("bits per weight", f"{plan['bits_per_weight']:.3f}")] if plan["layers"] else []),
         ("memory", f"about {size(plan['expected_memory_bytes'])}"),
         ("time", f"about {seconds(plan['expected_wall_s'])} on two CPU cores"),
+        *(("note", note) for note in plan["notes"]),
     ]
     return [
         Table(("quantized", "scheme", ">layers", ">bits/weight"), rows),

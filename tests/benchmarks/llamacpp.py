@@ -1,9 +1,9 @@
 """Our GGUF types beside llama.cpp's own quantizer: the same model, the same importance of inputs, the same types.
 
-Prints three tables. `error`: what rounding does to each matrix of a model, sum_j importance_j (w - w^)^2, of ours over
-llama.cpp's, with that importance and without. `mixes`: perplexity with its paired delta and its error and the KL
-divergence of whole files, both read by `qtool eval-ppl`; what methods llama.cpp has not take off. `time`: seconds and
-bytes. Needs llama-cpp-python; its quantizers are ggml_quantize_chunk and llama_model_quantize.
+Prints two tables. `error`: what rounding does to each matrix of a model, sum_j importance_j (w - w^)^2, of ours over
+llama.cpp's, with that importance and without, and seconds per million weights. `mixes`: bytes, seconds, perplexity with
+its paired delta and its error, and KL divergence of whole files, both read by `qtool eval-ppl`; what methods that
+llama.cpp has not take off. Needs llama-cpp-python; the peers are its ggml_quantize_chunk and llama_model_quantize.
 
     python tests/benchmarks/llamacpp.py [MODEL] [--quick] [--only error,mixes] [--mixes q4_k_m,q3_k_s] [--work FOLDER]
 
