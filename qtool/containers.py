@@ -62,6 +62,11 @@ def with_kinds(container: Container, plan: Plan) -> Container:
     return container.with_kinds(kinds)
 
 
+def name_in(container: Container) -> str | None:
+    """What a model is called in a container that has a place for that."""
+    return container.model.name if isinstance(container, GGUFContainer) else None
+
+
 def notes_of(container: Container) -> tuple[str, ...]:
     """Where the readers of a container compute something else than transformers."""
     return container.model.notes if isinstance(container, GGUFContainer) else ()

@@ -45,9 +45,9 @@ def estimate(
         kept = max((k.source.size_bytes for k in plan.kept), default=0)
         return PROCESS_BYTES + max([kept, *map(_rounding_bytes, plan.linears)]), round_s
     streams = 2 if "cross" in needs else 1
-    context = min(int(config_value(config, "max_position_embeddings") or 2048), 2048)
+    context = min(_size(config, "max_position_embeddings", 2048), 2048)
     tokens = (data.rows or 128) * (data.seqlen or context)
-    hidden = tokens * int(config_value(config, "hidden_size") or 0) * 4 * streams
+    hidden = tokens * _size(config, "hidden_size", 0) * 4 * streams
     units = [unit for unit in plan.units if unit.linears]
     blocks = [unit for unit in units if unit.name.rpartition(".")[2].isdigit()] or units
     tables = [linear for unit in units if unit not in blocks for linear in unit.linears]  # no data comes there
@@ -62,6 +62,12 @@ def estimate(
     compared = scalings * sum(min(out, SAMPLE_ROWS) * n for out, n in shapes)
     wall_s = round_s + compared * SCALES_S + (forward + solve + moment_flop) / FLOP_PER_S
     return PROCESS_BYTES + hidden + max([block + moments, *map(_rounding_bytes, tables)]), wall_s
+
+
+def _size(config: Mapping[str, Any], key: str, missing: int) -> int:
+    """A size that config.json gives, as far as it is one."""
+    value = config_value(config, key)
+    return value if type(value) is int and 0 < value < 1 << 32 else missing
 
 
 def _rounding_bytes(linear: Linear) -> float:

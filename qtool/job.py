@@ -11,13 +11,13 @@ from qtool.calibration.texts import check_source
 from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import Container
-from qtool.containers import Mixed, container_for, mix_of, notes_of, with_kinds
-from qtool.errors import UsageError
+from qtool.containers import Mixed, container_for, mix_of, name_in, notes_of, with_kinds
+from qtool.errors import UsageError, shown
 from qtool.estimate import estimate
 from qtool.formats import FORMATS, Format, format_for, get_format, least_capable
 from qtool.formats.relaying import HINT, relaid_scheme
 from qtool.formats.weights import Source, Weights
-from qtool.gguf.checkpoint import open_checkpoint
+from qtool.gguf.checkpoint import GGUFCheckpoint, open_checkpoint
 from qtool.headers import TORCH_NAMES, TensorInfo, kind_of, scale_dtype
 from qtool.methods import Method, get_method
 from qtool.mixes import MIXES
@@ -74,6 +74,11 @@ class Job:
         """
         return bool(self.method and self.method.needs)
 
+    @property
+    def name(self) -> str | None:
+        """What the model is called in its output, where there is a place for that."""
+        return name_in(self.container)
+
     def scale_dtype(self, linear: Linear) -> str:
         """How the scales of a linear are stored."""
         return self.format.scale_dtype(linear.source.dtype)
@@ -99,6 +104,12 @@ class Job:
 def prepare(model: str, recipe: Recipe) -> Job:
     """The job, or a UsageError with everything that is wrong with it. Reads headers only."""
     checkpoint = open_checkpoint(locate(model))
+    if isinstance(checkpoint, GGUFCheckpoint) and checkpoint.model is None:
+        raise UsageError(
+            f"{checkpoint.path} is a GGUF file of an architecture that qtool does not know: "
+            f"`{shown(checkpoint.config['gguf_architecture'])}`",
+            "`qtool inspect` shows what is in it",
+        )
     weights = Weights(checkpoint)
     if weights.schemes and not recipe.requantize:
         return _relaying(model, weights, recipe)

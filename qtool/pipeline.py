@@ -138,7 +138,8 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     else:
         data = {str(path): sha256_file(path) for path in local_files(job.recipe.data)}
     weights = {f.name: f.sha256 for f in source}
-    return {"qtool": __version__, "recipe": recipe, "source": weights, "data_files": data}
+    named = {"name": job.name} if job.name else {}
+    return {"qtool": __version__, "recipe": recipe, "source": weights, "data_files": data, **named}
 
 
 def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:

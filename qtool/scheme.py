@@ -201,6 +201,8 @@ class QuantScheme:
         """Why a weight of shape [out, in] cannot be stored so, or None."""
         if len(shape) != 2:
             return f"{len(shape)}-D tensors are not supported"
+        if not all(shape):
+            return f"it has {shape[0]} rows of {shape[1]} inputs"
         columns = BLOCK_TYPES[self.kind].weights if self.kind in BLOCK_TYPES else self._columns
         if columns and shape[1] % columns:
             return f"{shape[1]} inputs are not a multiple of {columns}"

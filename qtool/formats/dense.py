@@ -22,6 +22,7 @@ class Dense(Format):
     name = "dense"
     parts: tuple[str, ...] = (".weight",)
     takes_embeddings = True
+    by_rows = True
     serves_fused = False
 
     def problem(self, scheme: QuantScheme, shape: tuple[int, ...] | None = None) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError, UsageError, shown
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -114,7 +114,7 @@ def cut_of(pre: str) -> Cut:
     """The table's entry. Raises QtoolError for a name that is not there."""
     if pre not in PRETOKENIZERS:
         raise QtoolError(
-            f"`tokenizer.ggml.pre` is `{pre}`, a pre-tokenizer that is not known here",
+            f"`tokenizer.ggml.pre` is `{shown(pre)}`, a pre-tokenizer that is not known here",
             f"known: {', '.join(PRETOKENIZERS)}",
         )
     return PRETOKENIZERS[pre]

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError, UsageError, shown
 from qtool.gguf.file import Metadata
 from qtool.gguf.merges import joined_otherwise, merges_of, merges_of_scores, merges_reach, scores_of
 from qtool.gguf.pretokenizers import cut_of, flat, pre_of, pre_tokenizer_of
@@ -116,7 +116,7 @@ def tokenizer_of(metadata: Metadata) -> PreTrainedTokenizerFast:
         decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
         adds_bos = True
     else:
-        raise QtoolError(f"`tokenizer.ggml.model` is `{kind}`: only `gpt2` and `llama` tokenizers are read")
+        raise QtoolError(f"`tokenizer.ggml.model` is `{shown(kind)}`: only `gpt2` and `llama` tokenizers are read")
 
     inner.decoder = decoder
     control = [token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)]
@@ -338,7 +338,9 @@ def _read_merges(metadata: Metadata, vocab: dict[str, int]) -> list[tuple[str, s
     for rank, merge in enumerate(_array(metadata, "tokenizer.ggml.merges", str)):
         left, right = merge[:1] + merge[1:].partition(" ")[0], merge[1:].partition(" ")[2]
         if not (left in vocab and right in vocab and left + right in vocab):
-            raise _damaged("merges", f"has in place {rank} `{merge[:80]}`, which does not join two tokens to a third")
+            raise _damaged(
+                "merges", f"has in place {rank} `{shown(merge[:80])}`, which does not join two tokens to a third"
+            )
         pairs.append((left, right))
     return pairs
 
