@@ -20,8 +20,8 @@ import yaml
 
 from qtool.errors import UsageError, unknown
 from qtool.mixes import ALIASES as MIX_ALIASES
-from qtool.mixes import MIXES
-from qtool.scheme import KV_SCHEMES, QuantScheme
+from qtool.mixes import MIXES, get_mix
+from qtool.scheme import BLOCK_TYPES, KV_SCHEMES, QuantScheme
 
 EMBEDDINGS = ("*lm_head", "*embed_out", "*embed*", "*wte", "*wpe")
 DEFAULT_IGNORE = (*EMBEDDINGS, "*norm*", "*router*", "*.gate")
@@ -114,6 +114,8 @@ def build(tree: Mapping[str, Any], with_options: typing.Iterable[str]) -> Recipe
 def _scheme(text: str) -> str:
     name = text.strip().lower()
     name = MIX_ALIASES.get(name, name)
+    if name.startswith(("q", "iq")) and name not in BLOCK_TYPES:
+        return get_mix(name).name.lower()  # or an error that names the nearest
     return name if name == AUTO or name in MIXES else str(QuantScheme.parse(text))
 
 
