@@ -352,7 +352,7 @@ CONFIGS = {
     "no bits": (edit(num_bits=None), "not read"),
     "too many bits": (edit(num_bits=16), "16"),
     "no group size": (edit(group_size=None), "None"),
-    "a bad pattern": (edit(targets=["re:("]), "re:("),
+    "a bad pattern": (edit(targets=["re:("]), "the pattern `(`"),
 }
 
 
