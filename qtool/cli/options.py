@@ -9,7 +9,10 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A folder or .safetensors file, or a hub id (org/name or org/name@revision)."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a .safetensors or .gguf file, or a hub id (org/name, org/name@revision, org/name/file.gguf).",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the result, warnings and errors.")]
