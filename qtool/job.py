@@ -14,7 +14,7 @@ from qtool.checkpoint.writer import Container
 from qtool.containers import Mixed, container_for, mix_of, name_in, notes_of, with_kinds
 from qtool.errors import UsageError, shown
 from qtool.estimate import estimate
-from qtool.formats import FORMATS, Format, format_for, get_format, least_capable
+from qtool.formats import FORMATS, Contents, Format, format_for, get_format, least_capable
 from qtool.formats.relaying import HINT, relaid_scheme
 from qtool.formats.weights import Source, Weights
 from qtool.gguf.checkpoint import GGUFCheckpoint, open_checkpoint
@@ -98,7 +98,7 @@ class Job:
         head = (self.architecture or LLAMA).head  # a tied one is in no file
         left_alone = sorted(left | ({head} - schemes.keys()))
         dtype = next((linear.source.dtype for linear in self.plan.linears), "BF16")
-        return self.format.config(schemes, left_alone, self.kv, dtype)
+        return self.format.quantization_config(Contents(schemes, left_alone, self.kv, dtype))
 
 
 def prepare(model: str, recipe: Recipe) -> Job:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError
+from qtool.formats import Contents
 from qtool.formats.bitsandbytes import BitsAndBytes
 from qtool.formats.weights import Weights
 from qtool.numerics.grid import GridParams, QTensor, grid_of
@@ -156,7 +157,9 @@ def test_the_config_is_what_transformers_writes() -> None:
     from transformers import BitsAndBytesConfig
 
     def ours(kinds: list[str]) -> dict[str, Any]:
-        return FORMAT.config({f"m{i}": QuantScheme.parse(k) for i, k in enumerate(kinds)}, ["lm_head"], None, "F16")
+        return FORMAT.config(
+            Contents({f"m{i}": QuantScheme.parse(k) for i, k in enumerate(kinds)}, ["lm_head"], None, "F16")
+        )
 
     assert ours(["llm-int8"]) == BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]).to_dict()
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float16"}
@@ -170,13 +173,13 @@ def test_the_config_is_what_transformers_writes() -> None:
         with pytest.raises(UsageError, match="holds llm-int8, nf4 or fp4 in one checkpoint"):
             ours(kinds)
     with pytest.raises(UsageError, match="keys and values"):
-        FORMAT.config({"m": QuantScheme.parse("nf4")}, [], KV_SCHEMES["fp8"])
+        FORMAT.quantization_config(Contents({"m": QuantScheme.parse("nf4")}, kv=KV_SCHEMES["fp8"]))
 
 
 def write(folder: Path, kind: str, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> QTensor:
     weight = any_qtensor(kind, 6, 128)
     tensors = FORMAT.pack("a.b", weight)
-    config = FORMAT.config({"a.b": weight.scheme}, [])
+    config = FORMAT.config(Contents({"a.b": weight.scheme}, []))
     change(tensors, config)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
@@ -295,7 +298,7 @@ def test_transformers_loads_what_is_written(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     schemes = {module: weight.scheme for module, weight in weights.items()}
-    config["quantization_config"] = FORMAT.config(schemes, ["lm_head", left_out])
+    config["quantization_config"] = FORMAT.config(Contents(schemes, ["lm_head", left_out]))
     (folder / "config.json").write_text(json.dumps(config))
 
     whole = Weights(Checkpoint(folder))

@@ -347,7 +347,8 @@ KINDS = {
     "static inputs of an unknown architecture": (
         ["quantize", "unknown", "-o", "new", "--method", "rtn", "--scheme", "w8a8-static"], CANNOT_RUN),
     "cache in a format without": ([*INTO, "--method", "rtn", "--scheme", "nf4", "--kv", "fp8"], said(
-        "bitsandbytes has no place for how keys and values are rounded", "use `--format qtool`, or leave it out")),
+        "bitsandbytes has no place for how keys and values are rounded",
+        "leave --kv out: many programs have a setting of their own for that; or use `--format qtool`")),
     "layers served as one": ([*INTO, *RTN, "--layer", "*.q_proj=w8a16"], said(
         "`model.layers.0.*` are served as one layer but have several schemes: q_proj int8-channel-sym, "
         "k_proj int4-g32-sym, v_proj int4-g32-sym (1 more like it)",

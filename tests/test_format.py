@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError
-from qtool.formats import FORMATS, get_format
+from qtool.formats import FORMATS, Contents, get_format
 from qtool.formats.compressed_tensors import CompressedTensors
 from qtool.formats.weights import Weights
 from qtool.numerics.grid import GridParams, QTensor
@@ -197,7 +197,7 @@ def write_packed(
     for module, weight in weights.items():
         tensors.update(FORMAT.pack(module, weight))
     parsed = {module: weight.scheme for module, weight in weights.items()}
-    config = {"model_type": "llama", "quantization_config": FORMAT.config(parsed, ["lm_head"])}
+    config = {"model_type": "llama", "quantization_config": FORMAT.config(Contents(parsed, ["lm_head"]))}
     if change:
         change(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def test_a_written_checkpoint_reads_back(tmp_path: Path, schemes: dict[str, str]
 def test_the_config_is_what_the_library_takes() -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
-    config = FORMAT.config({m: QuantScheme.parse(s) for m, s in MIXED.items()}, ["lm_head"])
+    config = FORMAT.config(Contents({m: QuantScheme.parse(s) for m, s in MIXED.items()}, ["lm_head"]))
     parsed = QuantizationConfig.model_validate(config)
     assert parsed.ignore == ["lm_head"]
     assert parsed.format == "pack-quantized"
@@ -256,7 +256,7 @@ def test_the_library_matches_each_module_to_its_own_scheme() -> None:
             owner = owner.get_submodule(parent)
         if last not in owner._modules:
             owner.add_module(last, torch.nn.Linear(2, 2))
-    config = FORMAT.config({m: QuantScheme.parse(s) for m, s in MIXED.items()}, ["lm_head"])
+    config = FORMAT.config(Contents({m: QuantScheme.parse(s) for m, s in MIXED.items()}, ["lm_head"]))
     for group in config["config_groups"].values():
         weights = group["weights"]
         scheme = QuantScheme(weights["num_bits"], weights["strategy"], weights["group_size"], weights["symmetric"])
@@ -265,7 +265,9 @@ def test_the_library_matches_each_module_to_its_own_scheme() -> None:
 
 
 def test_one_scheme_is_one_class_target() -> None:
-    config = FORMAT.config({"a.0.b": QuantScheme.parse("int4"), "a.1.b": QuantScheme.parse("int4")}, ["lm_head"])
+    config = FORMAT.config(
+        Contents({"a.0.b": QuantScheme.parse("int4"), "a.1.b": QuantScheme.parse("int4")}, ["lm_head"])
+    )
     assert list(config["config_groups"]) == ["group_0"]
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     weights = config["config_groups"]["group_0"]["weights"]
@@ -277,7 +279,7 @@ def test_one_scheme_is_one_class_target() -> None:
 def test_patterns_stay_short_where_whole_kinds_share_a_scheme() -> None:
     schemes = {f"model.layers.{i}.mlp.{kind}_proj": QuantScheme.parse("int8" if kind == "down" else "int4")
                for i in range(12) for kind in ("up", "gate", "down")}  # fmt: skip
-    groups = FORMAT.config(schemes, [])["config_groups"].values()
+    groups = FORMAT.config(Contents(schemes, []))["config_groups"].values()
     assert sorted(len(group["targets"]) for group in groups) == [1, 2]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import raw_bytes
 from qtool.errors import QtoolError
-from qtool.formats import FORMATS, Format, format_for, get_format
+from qtool.formats import FORMATS, Contents, Format, format_for, get_format
 from qtool.formats.compressed_tensors import CompressedTensors
 from qtool.formats.compressed_tensors_config import format_name, group_of, scheme_of
 from qtool.formats.own import Own
@@ -328,7 +328,9 @@ def write(
     tensors: dict[str, Tensor] = {"model.norm.weight": torch.ones(4)}
     for module, weight in weights.items():
         tensors.update(format.pack(module, weight))
-    entry = format.config({m: w.scheme for m, w in weights.items()}, ["lm_head"], KV_SCHEMES[kv] if kv else None)
+    entry = format.config(
+        Contents({m: w.scheme for m, w in weights.items()}, ["lm_head"], KV_SCHEMES[kv] if kv else None)
+    )
     config = {"model_type": "llama", "quantization_config": json.loads(json.dumps(entry))}
     if change:
         change(tensors, config["quantization_config"])
@@ -391,7 +393,7 @@ def test_scales_as_others_write_them(tmp_path: Path) -> None:
     weight = any_qtensor("int4-channel-sym+fp8-e4m3-token", 8, 64)
     plain = FORMAT.pack("m", replace(weight, scheme=QuantScheme.parse("int4-channel-sym+int8-token")))
     save_file(plain, tmp_path / "model.safetensors")
-    entry = FORMAT.config({"m": weight.scheme}, [])
+    entry = FORMAT.config(Contents({"m": weight.scheme}, []))
     entry["format"] = entry["config_groups"]["group_0"]["format"] = "int-quantized"
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": entry}))
     assert FORMAT.modules(Checkpoint(tmp_path)) == {"m": (weight.scheme, (8, 64))}
@@ -499,7 +501,7 @@ def quantize_by_hand(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     schemes = {module: weight.scheme for module, weight in weights.items()}
-    config["quantization_config"] = format.config(schemes, ["lm_head"], KV_SCHEMES[kv] if kv else None)
+    config["quantization_config"] = format.config(Contents(schemes, ["lm_head"], KV_SCHEMES[kv] if kv else None))
     (folder / "config.json").write_text(json.dumps(config))
     return weights
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError, UsageError
-from qtool.formats import Format
+from qtool.formats import Contents, Format
 from qtool.formats.awq import AWQ
 from qtool.formats.gptq import GPTQ, GPTQv2
 from qtool.numerics.grid import GridParams, QTensor, grid_of
@@ -232,17 +232,17 @@ def test_who_reads_it() -> None:
 
 def test_the_plain_config() -> None:
     schemes = dict.fromkeys(LLAMA, QuantScheme.parse("int4-g128-sym"))
-    entry = V1.config(schemes, ["lm_head", "model.embed_tokens"])
+    entry = V1.config(Contents(schemes, ["lm_head", "model.embed_tokens"]))
     assert entry == {
         "quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 128, "sym": True,
         "desc_act": False, "lm_head": False, "pack_dtype": "int32",
     }  # fmt: skip
     assert V1.files(entry) == {"quantize_config.json": entry}
-    entry = V2.config({**dict.fromkeys(LLAMA, QuantScheme.parse("int2-channel-asym"))}, ["lm_head"])
+    entry = V2.config(Contents({**dict.fromkeys(LLAMA, QuantScheme.parse("int2-channel-asym"))}, ["lm_head"]))
     assert (entry["checkpoint_format"], entry["quant_method"]) == ("gptq_v2", "gptq")
     assert (entry["bits"], entry["group_size"], entry["sym"]) == (2, -1, False)
-    assert V1.config({**schemes, "lm_head": QuantScheme.parse("int4-g128-sym")}, [])["lm_head"] is True
-    entry = GEMM.config(schemes, ["lm_head", "model.layers.3.router"])
+    assert V1.config(Contents({**schemes, "lm_head": QuantScheme.parse("int4-g128-sym")}, []))["lm_head"] is True
+    entry = GEMM.config(Contents(schemes, ["lm_head", "model.layers.3.router"]))
     assert entry == {
         "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True, "lm_head": False,
         "modules_to_not_convert": ["lm_head", "model.layers.3.router"],
@@ -250,12 +250,12 @@ def test_the_plain_config() -> None:
     }  # fmt: skip
     assert GEMM.files(entry) == {}
     with pytest.raises(UsageError, match="32 and 128"):
-        GEMM.config({**schemes, "a": QuantScheme.parse("int4-g32-asym")}, [])
+        GEMM.config(Contents({**schemes, "a": QuantScheme.parse("int4-g32-asym")}, []))
     with pytest.raises(UsageError, match=r"cannot leave `model\.layers\.1\.mlp` alone"):
-        GEMM.config(schemes, ["model.layers.1.mlp"])
+        GEMM.config(Contents(schemes, ["model.layers.1.mlp"]))
     for format in (V1, GEMM):
         with pytest.raises(UsageError, match="keys and values"):
-            format.config(schemes, [], KV_SCHEMES["fp8"])
+            format.quantization_config(Contents(schemes, [], KV_SCHEMES["fp8"]))
 
 
 def chosen_by_vllm(dynamic: dict[str, dict[str, Any]], module: str) -> Any:
@@ -272,7 +272,7 @@ def test_several_schemes_in_one_checkpoint() -> None:
     schemes |= {m: eight for m in LLAMA if m.endswith("down_proj") or ".1.self_attn" in m}
     left = [m for m in LLAMA if ".11." in m or m == "model.layers.2.mlp.down_proj"]
     schemes = {m: s for m, s in schemes.items() if m not in left}
-    entry = V1.config(schemes, [*left, "lm_head"])
+    entry = V1.config(Contents(schemes, [*left, "lm_head"]))
     assert (entry["bits"], entry["group_size"]) == (4, 128)
     for module in LLAMA:
         rule = chosen_by_vllm(entry["dynamic"], module)
@@ -283,7 +283,7 @@ def test_several_schemes_in_one_checkpoint() -> None:
     assert chosen_by_vllm(entry["dynamic"], "model.layers.11.mlp.gate_up_proj") is False
     assert entry["modules_in_block_to_quantize"] == [list(schemes)], "`mlp.down_proj` would name one left alone"
     left = [m for m in LLAMA if m.endswith("down_proj")]
-    entry = V1.config({m: four for m in LLAMA if m not in left}, left)
+    entry = V1.config(Contents({m: four for m in LLAMA if m not in left}, left))
     assert entry["dynamic"] == {r"-:model\.layers\.\d+\.mlp\.down_proj$": {}}
     assert entry["modules_in_block_to_quantize"] == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"]
@@ -324,7 +324,7 @@ def test_any_schemes_come_back_from_a_checkpoint(
     tensors = {name: t for module, w in weights.items() for name, t in version.pack(module, w).items()}
     left = [module for module in LLAMA[:28] if module not in chosen]
     tensors |= {f"{module}.weight": torch.ones(2, 2) for module in left}
-    entry = version.config({module: w.scheme for module, w in weights.items()}, [*left, "lm_head"])
+    entry = version.config(Contents({module: w.scheme for module, w in weights.items()}, [*left, "lm_head"]))
     checkpoint = write(tmp_path, tensors, entry)
     assert format_for(checkpoint).name == version.name
     found = read(checkpoint)
@@ -336,7 +336,7 @@ def test_any_schemes_come_back_from_a_checkpoint(
 def test_awq_from_a_checkpoint(tmp_path: Path) -> None:
     weights = {"a.0.b": make_qtensor("int4-g32-asym", 24, 64), "a.1.b": make_qtensor("int4-g32-sym", 8, 32)}
     tensors = {name: t for module, w in weights.items() for name, t in GEMM.pack(module, w).items()}
-    entry = GEMM.config({module: w.scheme for module, w in weights.items()}, [])
+    entry = GEMM.config(Contents({module: w.scheme for module, w in weights.items()}, []))
     found = read(write(tmp_path, tensors, entry))
     assert_same(found["a.0.b"], weights["a.0.b"])
     assert found["a.1.b"].scheme == QuantScheme.parse("int4-g32-asym"), "only the data would tell"
@@ -376,7 +376,7 @@ def test_act_order(version: Format, scheme: str, tmp_path: Path) -> None:
     weight = make_qtensor(scheme, 32, 64)
     packed = version.pack("m", weight)
     packed["m.g_idx"] = packed["m.g_idx"][torch.randperm(64, generator=torch.Generator().manual_seed(1))]
-    entry = {**(version.config({"m": weight.scheme}, []) or {}), "desc_act": True}
+    entry = {**(version.config(Contents({"m": weight.scheme}, [])) or {}), "desc_act": True}
     found = read(write(tmp_path, packed, entry))["m"]
     assert found.group_of is not None
     assert torch.equal(found.group_of, packed["m.g_idx"])
@@ -447,7 +447,7 @@ IN_THE_DATA = {"not symmetric", "g_idx outside", "negative g_idx", "uneven g_idx
 def test_damaged_checkpoints(damage: str, tmp_path: Path) -> None:
     format, change, words = DAMAGES[damage]
     weight = make_qtensor("int4-g16-sym", 16, 64)
-    tensors, entry = format.pack("m", weight), format.config({"m": weight.scheme}, []) or {}
+    tensors, entry = format.pack("m", weight), format.config(Contents({"m": weight.scheme}, [])) or {}
     change(tensors, entry)
     checkpoint = write(tmp_path, tensors, entry)
     with pytest.raises(QtoolError) as caught:
@@ -476,7 +476,7 @@ def test_damage_of_any_kind_is_one_line(
     format: Format, said: dict[str, Any], shapes: dict[str, list[int]], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     weight = make_qtensor("int4-g16-sym", 16, 64)
-    tensors, entry = format.pack("m", weight), {**(format.config({"m": weight.scheme}, []) or {}), **said}
+    tensors, entry = format.pack("m", weight), {**(format.config(Contents({"m": weight.scheme}, [])) or {}), **said}
     tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
     checkpoint, message = write(tmp_path, tensors, entry), ""
     try:
@@ -522,7 +522,7 @@ def write_model(source: Path, out: Path, format: Format, schemes: dict[str, str]
             assert format.problem(parsed, tuple(weight.shape)) is None
             tensors |= format.pack(module, weights[module])
     left = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and tensors[name].dim() == 2]
-    entry = format.config({module: weight.scheme for module, weight in weights.items()}, left) or {}
+    entry = format.config(Contents({module: weight.scheme for module, weight in weights.items()}, left)) or {}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
     for name, tree in {"config.json": {**config, "quantization_config": entry}, **format.files(entry)}.items():

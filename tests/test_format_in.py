@@ -16,7 +16,7 @@ from torch import Tensor
 from qtool.checkpoint.reader import Checkpoint
 from qtool.cli import run
 from qtool.errors import QtoolError, UsageError
-from qtool.formats import Format, get_format, reader_of
+from qtool.formats import Contents, Format, get_format, reader_of
 from qtool.formats.compressed_tensors import CompressedTensors
 from qtool.formats.compressed_tensors_config import group_of, scheme_of
 from qtool.formats.fp8 import FP8
@@ -271,7 +271,7 @@ def test_formats_that_are_only_read_say_so(name: str) -> None:
         get_format(name)
     assert found.problem(scheme) == f"{name} checkpoints are only read"
     weight = QTensor(torch.zeros(1, 128).byte(), GridParams(torch.ones(1, 1)), scheme)
-    for write_it in (lambda: found.pack("m", weight), lambda: found.config({"m": scheme}, [])):
+    for write_it in (lambda: found.pack("m", weight), lambda: found.config(Contents({"m": scheme}, []))):
         with pytest.raises(UsageError, match=f"{name} checkpoints are only read"):
             write_it()
     assert "vLLM" in found.readers(scheme)
@@ -297,7 +297,7 @@ def in_act_order(symmetric: bool, seed: int = 0) -> tuple[QTensor, Tensor, dict[
     group_of = torch.empty(128, dtype=torch.int32)
     group_of[place] = torch.arange(128, dtype=torch.int32) // 32
     tensors = CompressedTensors().pack("m", QTensor(moved, weight.params, scheme))
-    config = CompressedTensors().config({"m": scheme}, [])
+    config = CompressedTensors().config(Contents({"m": scheme}, []))
     config["config_groups"]["group_0"]["weights"] |= {**ACT_ORDER, "symmetric": symmetric}
     return weight, place, {**tensors, "m.weight_g_idx": group_of}, config
 

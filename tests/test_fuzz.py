@@ -29,7 +29,7 @@ from torch import Tensor
 from qtool.cli import run
 from qtool.errors import QtoolError
 from qtool.evaluation.describe import describe
-from qtool.formats import FORMATS, READ_ONLY, get_format
+from qtool.formats import FORMATS, READ_ONLY, Contents, get_format
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import GGUFCheckpoint, open_checkpoint
 from qtool.gguf.tokenizer import tokenizer_of
@@ -86,7 +86,7 @@ def written_by_us(name: str) -> dict[str, Files]:
         kv = KV_SCHEMES["fp8"] if name in ("compressed-tensors", "qtool") else None
         if kv:
             tensors |= {f"{BLOCK}.self_attn.{part}_scale": torch.ones(1) for part in "kv"}
-        found[f"{name}:{text}"] = files_of(tensors, written.config({MODULE: scheme}, ["lm_head"], kv))
+        found[f"{name}:{text}"] = files_of(tensors, written.config(Contents({MODULE: scheme}, ["lm_head"], kv)))
     return found
 
 

@@ -478,7 +478,7 @@ def test_a_head_that_a_rotation_unties_is_what_the_mix_says(make_model: MakeMode
 # --- errors -------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, str, str, str]] = {  # model, what is typed, the beginning of the error, part of the hint
-    "kv": ("llama", "--scheme q4_k_m --kv fp8", "a GGUF file has no place for how keys and values", "leave --kv out"),
+    "kv": ("llama", "--scheme q4_k_m --kv fp8", "gguf has no place for how keys and values", "leave --kv out"),
     "not-a-type": ("llama", "--scheme int4-g32-sym --format gguf", "int4-g32-sym is not a type", "`--scheme q4_k_m`"),
     "activations": ("llama", "--scheme w8a8 --format gguf", "int8-channel-sym+int8-token is not a type", "q8_0"),
     "mix-as-awq": ("llama", "--scheme q4_k_m --format awq", "`q4_k_m` is a mix of llama.cpp's", "`--format gguf`"),

@@ -17,7 +17,7 @@ from qtool.checkpoint.hub import open_headers
 from qtool.checkpoint.reader import Checkpoint
 from qtool.cli import run
 from qtool.errors import QtoolError, UsageError
-from qtool.formats import get_format
+from qtool.formats import Contents, get_format
 from qtool.inspection import compare as comparing
 from qtool.inspection.compare import compare, error_sums
 from qtool.inspection.memory import memory
@@ -84,7 +84,7 @@ def pack(tensors, schemes=SCHEMES):
         quantized = QTensor(grid.encode(tensor.float(), params), params, scheme)
         packed.update(layout.pack(module, quantized))
         meant[name], modules[module] = quantized.dequantize(), scheme
-    return packed, {**CONFIG, "quantization_config": layout.config(modules, ["lm_head"])}, meant
+    return packed, {**CONFIG, "quantization_config": layout.config(Contents(modules, ["lm_head"]))}, meant
 
 
 def quiet(stage, done, total, detail):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from qtool.checkpoint.reader import Checkpoint
 from qtool.cli import run
 from qtool.errors import QtoolError
-from qtool.formats import get_format
+from qtool.formats import Contents, get_format
 from qtool.formats.patterns import LONGEST_NAME, begins, problem
 from qtool.inspection.overview import overview
 from qtool.scheme import QuantScheme
@@ -100,7 +100,7 @@ def checkpoint_with(folder: Path, format: str, scheme: str, entry: dict[str, Any
     made = get_format(format)
     tensors = made.pack(MODULE, quantized(QuantScheme.parse(scheme), made.scale_dtype("BF16")))
     save_file({**tensors, "lm_head.weight": torch.ones(8, SHAPE[1])}, folder / "model.safetensors")
-    said = {**(made.config({MODULE: QuantScheme.parse(scheme)}, []) or {}), **entry}
+    said = {**(made.config(Contents({MODULE: QuantScheme.parse(scheme)}, [])) or {}), **entry}
     (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": said}))
     return folder
 

@@ -8,6 +8,7 @@ and `kv_of`, and `readers` (who loads it). Some are only read. Never imports tor
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,12 +33,21 @@ FORMATS = {
     "gguf": "qtool.formats.gguf:GGUF",
     "dense": "qtool.formats.dense:Dense",
 }
-
-
 READ_ONLY = {  # by the `quant_method` of config.json
     "fp8": "qtool.formats.fp8:FP8",
     "mxfp4": "qtool.formats.mxfp4:MXFP4",
 }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds besides its tensors: the schemes of its quantized modules, the modules `left_alone`, how
+    keys and values are stored, and the type that the weights had before."""
+
+    schemes: dict[str, QuantScheme]
+    left_alone: list[str] = field(default_factory=list)
+    kv: ActivationScheme | None = None
+    dtype: str = "BF16"
 
 
 class Format(Protocol):
@@ -53,6 +63,7 @@ class Format(Protocol):
     container: str = "safetensors"  # what the tensors lie in, or "gguf"
     takes_transposed: bool = False  # its readers know linears that store their weight [in, out], such as GPT-2's
     takes_embeddings: bool = False  # its readers know embeddings that are quantized
+    takes_kv: bool = False  # it says how keys and values are stored
     by_rows: bool = False  # a row of a weight is a row of its one tensor
     serves_fused: bool = True  # its readers join q, k and v, and gate and up, which then need one scheme
 
@@ -84,17 +95,21 @@ class Format(Protocol):
         """The inverse of `pack`: `tensors` holds at least those of `layout`."""
         ...
 
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any] | None:
-        """config.json's `quantization_config` for modules and their schemes; `left_alone` are unquantized modules,
-        `kv` says how keys and values are stored, `dtype` is the type of the weights before. None: it has none.
-        Raises UsageError for what one checkpoint cannot hold together."""
-        ...
+    def config(self, contents: Contents) -> dict[str, Any] | None:
+        """config.json's `quantization_config`, None where there is none.
+
+        Raises UsageError for what one checkpoint cannot hold together. Asked through `quantization_config`.
+        """
+        return None
+
+    def quantization_config(self, contents: Contents) -> dict[str, Any] | None:
+        """`config`, of what this format has a place for. Raises UsageError for what else there is."""
+        if contents.kv is not None and not self.takes_kv:
+            raise UsageError(
+                f"{self.name} has no place for how keys and values are rounded",
+                "leave --kv out: many programs have a setting of their own for that; or use `--format qtool`",
+            )
+        return self.config(contents)
 
     def files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """JSON files beside config.json that repeat its entry, by name."""

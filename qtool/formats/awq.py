@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError, UsageError, shown
-from qtool.formats import Format
+from qtool.formats import Contents, Format
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header
 from qtool.formats.columns import (
     QWEIGHT,
@@ -23,7 +23,6 @@ from qtool.formats.columns import (
     in_block,
     params_layout,
     read_modules,
-    refuse_kv,
     scheme_problem,
     stated_scheme,
     stored_params,
@@ -31,7 +30,7 @@ from qtool.formats.columns import (
     zero_points,
 )
 from qtool.headers import TensorInfo
-from qtool.scheme import ActivationScheme, QuantScheme
+from qtool.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,14 +88,8 @@ class AWQ(Format):
         params = stored_params(module, tensors[module + SCALES], _fields(tensors[module + QZEROS]), scheme)
         return QTensor(codes, params, scheme)
 
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any]:
-        refuse_kv(kv, "AWQ")
+    def config(self, contents: Contents) -> dict[str, Any]:
+        schemes, left_alone = contents.schemes, contents.left_alone
         sizes = sorted({group_size(scheme) for scheme in schemes.values()})
         if len(sizes) > 1:
             raise UsageError(

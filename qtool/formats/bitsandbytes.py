@@ -19,10 +19,10 @@ from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError, UsageError, shown
-from qtool.formats import Format
+from qtool.formats import Contents, Format
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header, read_json
 from qtool.headers import TORCH_NAMES, TensorInfo
-from qtool.scheme import KINDS, NESTED_BLOCK, ActivationScheme, QuantScheme
+from qtool.scheme import KINDS, NESTED_BLOCK, QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,17 +82,8 @@ class BitsAndBytes(Format):
             return _unpack_int8(module, tensors, scheme)
         return self._unpack_four_bits(module, tensors, scheme)
 
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any]:
-        if kv is not None:
-            raise UsageError(
-                "bitsandbytes has no place for how keys and values are rounded", "use `--format qtool`, or leave it out"
-            )
+    def config(self, contents: Contents) -> dict[str, Any]:
+        schemes = contents.schemes
         kinds = {scheme.kind.removesuffix("-dq") for scheme in schemes.values()}
         eight = "llm-int8" in kinds
         if len(kinds) > 1:
@@ -107,13 +98,13 @@ class BitsAndBytes(Format):
             "_load_in_8bit": eight,
             "load_in_4bit": not eight,
             "load_in_8bit": eight,
-            "bnb_4bit_compute_dtype": "float32" if eight else TORCH_NAMES[dtype],
+            "bnb_4bit_compute_dtype": "float32" if eight else TORCH_NAMES[contents.dtype],
             "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_quant_type": "nf4" if "nf4" in kinds else "fp4",
             "bnb_4bit_use_double_quant": any(_is_nested(scheme) for scheme in schemes.values()),
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": left_alone,
+            "llm_int8_skip_modules": contents.left_alone,
             "llm_int8_threshold": max((t for t in thresholds if t is not None), default=6.0),
         }
 

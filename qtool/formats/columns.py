@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError
 from qtool.formats.compressed_tensors_config import by_scheme
 from qtool.formats.patterns import begins
 from qtool.headers import TensorInfo
-from qtool.scheme import ActivationScheme, QuantScheme, packed_words
+from qtool.scheme import QuantScheme, packed_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,15 +49,6 @@ def group_size(scheme: QuantScheme) -> int:
 def in_block(module: str) -> bool:
     """Whether a module belongs to a numbered block, unlike embeddings and the output layer."""
     return any(part.isdigit() for part in module.split("."))
-
-
-def refuse_kv(kv: ActivationScheme | None, name: str) -> None:
-    """Raises UsageError where keys and values are to be rounded."""
-    if kv is not None:
-        raise UsageError(
-            f"{name} has no place for how keys and values are rounded",
-            "use `--format compressed-tensors`, or leave --kv out",
-        )
 
 
 def params_layout(module: str, scheme: QuantScheme, shape: tuple[int, ...], scale_dtype: str) -> list[TensorInfo]:

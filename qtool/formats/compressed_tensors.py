@@ -18,7 +18,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError
-from qtool.formats import Format
+from qtool.formats import Contents, Format
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, field, header
 from qtool.formats.compressed_tensors_config import (
     PACKED_FORMAT,
@@ -54,6 +54,7 @@ class CompressedTensors(Format):
     """The format's entry in the table; see `qtool.formats.Format`."""
 
     name = "compressed-tensors"
+    takes_kv = True
     parts: tuple[str, ...] = (
         WEIGHT, PACKED, SCALE, ZERO, SHAPE, GROUP_OF, GLOBAL_SCALE, INPUT_SCALE, INPUT_GLOBAL_SCALE,
     )  # fmt: skip
@@ -89,14 +90,8 @@ class CompressedTensors(Format):
         input_scale, group_of = unpack_input(module, tensors, scheme), _unpack_order(module, tensors, scheme)
         return QTensor(codes, params, scheme, input_scale=input_scale, group_of=group_of)
 
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any]:
-        targets = by_scheme(schemes)
+    def config(self, contents: Contents) -> dict[str, Any]:
+        targets = by_scheme(contents.schemes)
         formats = {format_name(scheme): None for scheme in targets}
         groups = {
             f"group_{i}": group_of(scheme, ["Linear"] if len(targets) == 1 else patterns)
@@ -107,8 +102,8 @@ class CompressedTensors(Format):
             "version": VERSION,
             "format": next(iter(formats), PACKED_FORMAT) if len(formats) < 2 else "mixed-precision",
             "quantization_status": "compressed",
-            "ignore": left_alone,
-            "kv_cache_scheme": kv and _kv_entry(kv),
+            "ignore": contents.left_alone,
+            "kv_cache_scheme": contents.kv and _kv_entry(contents.kv),
             "config_groups": groups,
         }
 

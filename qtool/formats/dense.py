@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qtool.errors import UsageError
 from qtool.formats import Format
 from qtool.headers import TORCH_NAMES, TensorInfo
-from qtool.scheme import ActivationScheme, QuantScheme
+from qtool.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,17 +47,6 @@ class Dense(Format):
         from qtool.numerics.grid import float_tensor
 
         return float_tensor(tensors[f"{module}.weight"])
-
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any] | None:
-        if kv is not None:
-            raise UsageError("a dense checkpoint has no place for how keys and values are rounded", "leave --kv out")
-        return None
 
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         return {}

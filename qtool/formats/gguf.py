@@ -6,12 +6,12 @@ the names of the file, and the order of its rows, are the container's business.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError
 from qtool.formats import Format
 from qtool.headers import TensorInfo
-from qtool.scheme import BLOCK_TYPES, FLOATS, MXFP4_BLOCK, ActivationScheme, BlockType, QuantScheme
+from qtool.scheme import BLOCK_TYPES, FLOATS, MXFP4_BLOCK, BlockType, QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,20 +58,6 @@ class GGUF(Format):
 
         stored = tensors[f"{module}.weight"]
         return float_tensor(stored) if scheme.kind in FLOATS else unpack_blocks(stored, scheme)
-
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any] | None:
-        if kv is not None:
-            raise UsageError(
-                "a GGUF file has no place for how keys and values are rounded",
-                "leave --kv out; llama.cpp rounds its cache by itself with --cache-type-k and --cache-type-v",
-            )
-        return None
 
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:
         from qtool.gguf.checkpoint import GGUFCheckpoint

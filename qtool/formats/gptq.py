@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError, shown
-from qtool.formats import Format
+from qtool.formats import Contents, Format
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, header
 from qtool.formats.columns import (
     QWEIGHT,
@@ -29,7 +29,6 @@ from qtool.formats.columns import (
     in_block,
     params_layout,
     read_modules,
-    refuse_kv,
     scheme_problem,
     settings,
     stated_scheme,
@@ -38,7 +37,7 @@ from qtool.formats.columns import (
     zero_points,
 )
 from qtool.headers import TensorInfo, kind_of
-from qtool.scheme import ActivationScheme, QuantScheme, packed_words
+from qtool.scheme import QuantScheme, packed_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,16 +117,10 @@ class GPTQ(Format):
         group_of = _group_of(module, tensors.get(module + G_IDX), params.scale.shape[1])
         return self.held(QTensor(codes, params, scheme, group_of=group_of), dtype="F16")
 
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any]:
-        refuse_kv(kv, "GPTQ")
+    def config(self, contents: Contents) -> dict[str, Any]:
+        schemes = contents.schemes
         base = Counter(schemes.values()).most_common(1)[0][0]
-        left = [module for module in left_alone if in_block(module)]
+        left = [module for module in contents.left_alone if in_block(module)]
         entry: dict[str, Any] = {
             "quant_method": self.quant_method,
             "checkpoint_format": self.checkpoint_format,

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import QtoolError, shown
-from qtool.formats import Format
+from qtool.formats import Contents, Format
 from qtool.formats.bitsandbytes import MARKS, BitsAndBytes
 from qtool.formats.bitsandbytes import STORED as OF_BITSANDBYTES
 from qtool.formats.checks import ANY_FLOAT, check_headers, check_shapes, field, names_in
@@ -49,6 +49,7 @@ class Own(Format):
     name = "qtool"
     takes_transposed = True
     takes_embeddings = True
+    takes_kv = True
     parts: tuple[str, ...] = tuple(
         OURS + part
         for part in dict.fromkeys((*CompressedTensors.parts, *BitsAndBytes.parts, ROW_ENDS, COLUMNS, VALUES))
@@ -106,19 +107,13 @@ class Own(Format):
             raise QtoolError(f"`{module}` has outliers outside of its {shape[0]} rows of {shape[1]} weights")
         return replace(weight, outliers=Outliers(ends, columns, values))
 
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any]:
+    def config(self, contents: Contents) -> dict[str, Any]:
         return {
             "quant_method": self.name,
             "version": VERSION,
-            "schemes": {str(scheme): targets for scheme, targets in by_scheme(schemes).items()},
-            "ignore": left_alone,
-            "kv": kv and str(kv),
+            "schemes": {str(scheme): targets for scheme, targets in by_scheme(contents.schemes).items()},
+            "ignore": contents.left_alone,
+            "kv": contents.kv and str(contents.kv),
         }
 
     def modules(self, checkpoint: Checkpoint) -> dict[str, tuple[QuantScheme, tuple[int, ...]]]:

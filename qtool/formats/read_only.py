@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import UsageError
-from qtool.formats import Format
-from qtool.scheme import ActivationScheme, QuantScheme
+from qtool.formats import Contents, Format
+from qtool.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +23,5 @@ class ReadOnly(Format):
     def pack(self, module: str, weight: QTensor, dtype: str = "BF16") -> dict[str, Tensor]:
         raise UsageError(self.problem(weight.scheme))
 
-    def config(
-        self,
-        schemes: dict[str, QuantScheme],
-        left_alone: list[str],
-        kv: ActivationScheme | None = None,
-        dtype: str = "BF16",
-    ) -> dict[str, Any]:
+    def config(self, contents: Contents) -> dict[str, Any] | None:
         raise UsageError(f"{self.name} checkpoints are only read")
