@@ -73,7 +73,6 @@ def _size(config: Mapping[str, Any], key: str, missing: int) -> int:
 def _rounding_bytes(linear: Linear) -> float:
     """Of a weight while it is rounded without data, a few rows at a time where that gives the same."""
     scheme, weights = linear.scheme, prod(linear.shape)
-    by_rows = scheme.granularity in ("channel", "group") and scheme.kind not in ("nvfp4", "nf4-dq", "fp4-dq")
-    if weights <= AT_ONCE or not by_rows or scheme.outliers or linear.transposed:
+    if weights <= AT_ONCE or not scheme.by_rows or linear.transposed:
         return ROUNDING_BYTES * weights
     return ROUNDING_BYTES * AT_ONCE + weights * scheme.bits_per_weight(linear.shape) / 8

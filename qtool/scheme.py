@@ -190,6 +190,12 @@ class QuantScheme:
         return in_features // self._columns if self._columns else 1
 
     @property
+    def by_rows(self) -> bool:
+        """Whether every row of a weight is rounded by itself."""
+        alone = self.granularity in ("channel", "group") and not self.outliers
+        return self.kind in FLOATS or (alone and self.kind != "nvfp4" and not self.kind.endswith("-dq"))
+
+    @property
     def _columns(self) -> int | None:
         return BLOCK if self.granularity == "block" else self.group_size
 

@@ -14,7 +14,6 @@ from qtool.job import describe, prepare
 from qtool.methods import METHODS
 from qtool.recipe import build
 from qtool.scheme import BLOCK_TYPES, FLOATS
-from qtool.solving import record
 from tests.conftest import MakeModel
 
 ROWS, WIDTH, HIDDEN, LAYERS = 128256, 4096, 14336, 32
@@ -61,7 +60,6 @@ def test_types_of_gguf_take_their_time(llama: Path) -> None:
 
 def test_large_matrices_are_never_whole_in_float32(llama: Path) -> None:
     head_bytes = ROWS * WIDTH * 6.5625 / 8
-    assert AT_ONCE == record.AT_ONCE
     assert head_bytes + 16 * AT_ONCE < said(llama, scheme="q4_k_m")["expected_memory_bytes"] < 1.5e9
     whole = said(llama, scheme="fp8-block")["expected_memory_bytes"]  # blocks of 128 rows: as a whole
     assert whole > 16 * HIDDEN * WIDTH

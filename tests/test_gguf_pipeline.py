@@ -5,11 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,29 +323,6 @@ def test_from_saved_statistics(make_model: MakeModel, calibration_text: Path, tm
     for layer in plain.layers:
         same = layer.module == "model.embed_tokens"
         assert (weighted[layer.module] == layer.weight_error) == same, layer.module
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [1, 2, 3, 4])
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
-    make_model: MakeModel, calibration_text: Path, tmp_path: Path, lines: int
-) -> None:
-    """SIGKILL after so many lines of progress, and then the same command again."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "qtool", "quantize", str(make_model()), "-o", str(out), "--scheme", "q4_0"]
-    command += ["--data", str(calibration_text), "--rows", "24", "--seqlen", "32", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
-        assert process.stderr
-        for _ in range(lines):
-            process.stderr.readline()
-        process.send_signal(signal.SIGKILL)
-    assert not (out / MANIFEST).exists() or process.returncode == 0
-    subprocess.run([*command, "-q"], check=True, stdout=subprocess.DEVNULL, env=environment)
-    whole = [*command, "-q"]
-    whole[whole.index(str(out))] = str(tmp_path / "whole")
-    subprocess.run(whole, check=True, stdout=subprocess.DEVNULL, env=environment)
-    assert file_of(out) == file_of(tmp_path / "whole")
 
 
 def test_same_recipe_same_bytes_and_another_is_refused(

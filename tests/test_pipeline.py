@@ -220,11 +220,14 @@ def test_interrupted_after_every_unit_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [1, 2, 3, 5])
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(make_model, calibration_text, tmp_path, lines):
+@pytest.mark.parametrize(("scheme", "lines"), [*(("int4-g32-sym", n) for n in (1, 2, 3, 5)),
+                                               *(("q4_0", n) for n in (1, 2, 3, 4))])  # fmt: skip
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
+    make_model, calibration_text, tmp_path, scheme, lines
+):
     """SIGKILL after so many lines of progress, and then the same command again."""
     model, out = make_model(), tmp_path / "out"
-    command = [sys.executable, "-m", "qtool", "quantize", str(model), "-o", str(out), "--scheme", "int4-g32-sym"]
+    command = [sys.executable, "-m", "qtool", "quantize", str(model), "-o", str(out), "--scheme", scheme]
     command += ["--data", str(calibration_text), "--rows", "24", "--seqlen", "32", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:

@@ -12,7 +12,7 @@ from qtool.formats import format_for, get_format
 from qtool.methods import METHODS
 from qtool.mixes import get_mix
 from qtool.recipe import build, load_tree
-from qtool.recommend import CLASSES, ENGINES, PAGE_COLUMNS, TARGETS, mix_bits
+from qtool.targets import CLASSES, ENGINES, PAGE_COLUMNS, TARGETS, mix_bits
 from qtool.transforms import TRANSFORMS
 
 RECIPES = Path(__file__).parents[1] / "recipes"

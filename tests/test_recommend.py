@@ -17,6 +17,12 @@ from qtool.errors import QtoolError, UsageError
 from qtool.headers import TensorInfo
 from qtool.inspection.memory import USABLE
 from qtool.recommend import (
+    parse_memory,
+    recommend,
+    recommendation_view,
+)
+from qtool.report.table import plain_lines
+from qtool.targets import (
     CARDS,
     CLASSES,
     ENGINES,
@@ -24,11 +30,7 @@ from qtool.recommend import (
     HARDWARE,
     TARGETS,
     hardware_text,
-    parse_memory,
-    recommend,
-    recommendation_view,
 )
-from qtool.report.table import plain_lines
 
 HIDDEN, WIDE, LAYERS, VOCABULARY, CONTEXT = 512, 1024, 2, 1000, 256
 CACHE_BYTES = LAYERS * 2 * 2 * 128 * CONTEXT * 2  # keys and values, 2 heads of 128, 16 bits

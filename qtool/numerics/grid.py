@@ -100,7 +100,7 @@ class QTensor:
 
     @staticmethod
     def joined(parts: Sequence[QTensor]) -> QTensor:
-        """The inverse of `split`, for schemes whose rows have nothing in common; see `row_by_row`."""
+        """The inverse of `split`, for schemes whose rows have nothing in common; see `QuantScheme.by_rows`."""
 
         def join(name: str) -> Any:
             values = [getattr(part.params, name) for part in parts]
@@ -280,11 +280,6 @@ class Rounder:
 def stackable(scheme: QuantScheme) -> bool:
     """Whether weights may be solved as one, stacked along their rows, and be split again afterwards."""
     return scheme.granularity in ("channel", "group") and not scheme.kind.endswith("-dq") and not scheme.outliers
-
-
-def row_by_row(scheme: QuantScheme) -> bool:
-    """Whether every row of a weight is rounded by itself."""
-    return stackable(scheme) and scheme.kind != "nvfp4"
 
 
 def grid_of(scheme: QuantScheme, scale_dtype: torch.dtype) -> Grid:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import raw_bytes
+from qtool.estimate import AT_ONCE
 from qtool.formats.weights import check_finite
 from qtool.job import Job
 from qtool.numerics.grid import QTensor
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qtool.solving.solver import Solver
-
-
-AT_ONCE = 1 << 24  # weights that are worked on at once where they outgrow a block
 
 
 class UnitRecord:

@@ -18,13 +18,13 @@ from qtool.methods import Method
 from qtool.methods.rtn import RTN
 from qtool.models.architectures import Input
 from qtool.numerics.activations import static_scale
-from qtool.numerics.grid import Grid, QTensor, grid_of, row_by_row, stackable
+from qtool.numerics.grid import Grid, QTensor, grid_of, stackable
 from qtool.numerics.scales import FloatStore
 from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
 from qtool.runtime.kv import KVCache
-from qtool.scheme import FLOATS, ActivationScheme, QuantScheme
+from qtool.scheme import ActivationScheme, QuantScheme
 from qtool.solving.compare import Errors, compare, squares
 from qtool.solving.record import UnitRecord, read_back, rows_at_once
 from qtool.transforms.fold import fold, sharing
@@ -144,8 +144,7 @@ class UnitWork:
         """Whether to round a weight a few rows at a time: it outgrows a block, as embeddings do."""
         linear = self.linears[name]
         loaded = f"{linear.module}.weight" in self.parameters.tensors
-        by_rows = row_by_row(linear.scheme) or linear.scheme.kind in FLOATS
-        return len(rows_at_once(linear.shape)) > 1 and by_rows and not loaded and not linear.transposed
+        return len(rows_at_once(linear.shape)) > 1 and linear.scheme.by_rows and not loaded and not linear.transposed
 
     def _solve_by_rows(self, name: str) -> None:
         """Round a linear without data and without its whole weight in float32."""

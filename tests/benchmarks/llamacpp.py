@@ -30,7 +30,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import torch
-from schemes import EXAMPLE, Figures, kept, qtool
+from schemes import EXAMPLE, Figures, Subject, kept, qtool
 
 from qtool.calibration.imatrix_file import ImatrixStats
 from qtool.checkpoint.reader import Checkpoint
@@ -93,15 +93,9 @@ def no_log(*_: object) -> None:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One model, its data and where to work."""
+class Bench(Subject):
+    """With how much is evaluated, and the peer."""
 
-    model: Path
-    work: Path
-    calibration: str
-    rows: str
-    seqlen: str
-    evaluation: str
     evaluation_rows: str | None
     peer: LlamaCpp
 

@@ -81,7 +81,7 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class Bench:
+class Subject:
     """One model, its data and where to work."""
 
     model: Path
@@ -90,6 +90,12 @@ class Bench:
     rows: str
     seqlen: str
     evaluation: str
+
+
+@dataclass(frozen=True)
+class Bench(Subject):
+    """With the protocol of the evaluation, and the peer."""
+
     protocol: str
     peer_python: str | None
 
