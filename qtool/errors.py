@@ -24,6 +24,10 @@ class ReadError(QtoolError):
     """A file that was there could not be read: trying again may help."""
 
 
+class TrainingError(QtoolError):
+    """The loss or its gradient is no number any more, or has exploded."""
+
+
 class UsageError(QtoolError):
     """A wrong command line, recipe or plan: ends the run with exit code 2, before any work."""
 

@@ -14,6 +14,8 @@ from qtool.checkpoint.writer import Container
 from qtool.containers import Mixed, container_for, mix_of, name_in, notes_of, with_kinds
 from qtool.errors import UsageError, shown
 from qtool.estimate import estimate
+from qtool.finishing import BLOCK, EndToEnd, get_finish
+from qtool.finishing.block import Block
 from qtool.formats import FORMATS, Contents, Format, format_for, get_format, least_capable
 from qtool.formats.relaying import HINT, relaid_scheme
 from qtool.formats.weights import Source, Weights
@@ -25,6 +27,7 @@ from qtool.models.architectures import ARCHITECTURES, LLAMA, Architecture, archi
 from qtool.plan import Linear, Plan, make_plan, matches
 from qtool.recipe import AUTO, DEFAULT_IGNORE, DEFAULT_METHOD, DEFAULT_SCHEME, EMBEDDINGS, NO_METHOD, Recipe
 from qtool.scheme import FLOATS, KV_SCHEMES, ActivationScheme, QuantScheme
+from qtool.training.options import Training
 from qtool.transforms import ScaleTransform, SourceTransform, Transform, get_transform
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class Job:
     container: Container
     plan: Plan
     architecture: Architecture | None
+    finishes: tuple[Training, ...] = ()  # how the linears are trained afterwards
     kv: ActivationScheme | None = None  # how keys and values are stored when the model is served
     stats: SavedStats | ImatrixStats | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
@@ -64,15 +68,33 @@ class Job:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.wanted) and self.stats is None
+        return self.runs_blocks or bool(self.finishes)
+
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether the rows go through the blocks while these are solved."""
+        return (bool(self.wanted) and self.stats is None) or self.block is not None
 
     @property
     def follows_rounding(self) -> bool:
         """Whether what is measured in a block shall have seen the rounding of the blocks before it.
 
-        Methods with error feedback make up for it; for all others the float model's statistics are the right ones.
+        Methods with error feedback make up for it, and so does training; for all others the float model's statistics
+        are the right ones.
         """
-        return bool(self.method and self.method.needs)
+        return bool(self.method and self.method.needs) or self.block is not None
+
+    @property
+    def block(self) -> Block | None:
+        """How a block's linears are trained while it is at hand."""
+        first = self.finishes[0] if self.finishes else None
+        return first if isinstance(first, Block) else None
+
+    @property
+    def end_to_end(self) -> dict[str, EndToEnd]:
+        """How all linears are trained together, by name and in order."""
+        named = zip(self.recipe.finish, self.finishes, strict=True)
+        return {name: finish for name, finish in named if isinstance(finish, EndToEnd)}
 
     @property
     def name(self) -> str | None:
@@ -117,18 +139,20 @@ def prepare(model: str, recipe: Recipe) -> Job:
         raise UsageError(f"{checkpoint.path} is not quantized yet", "leave --requantize out")
     recipe = _with_defaults(recipe, weights)
     method = get_method(recipe.method, recipe.options.get(recipe.method, {}))
+    recipe = replace(recipe, finish=recipe.finish or method.finish)
     transforms = tuple(get_transform(name, recipe.options.get(name, {})) for name in recipe.transforms)
+    finishes = _finishes(recipe)
     source: Source = weights
     mix = mix_of(recipe)
     schemes = [QuantScheme.parse(text) for text in (mix.base if mix else recipe.scheme, *recipe.layers.values())]
     wanted = _wanted(recipe, method, transforms, schemes)
-    architecture = _architecture(checkpoint, recipe, bool(wanted), bool(transforms))
+    architecture = _architecture(checkpoint, recipe, bool(wanted or finishes), bool(transforms))
     known = architecture or LLAMA  # names of fused linears are much the same everywhere
     format = get_format("gguf" if mix else _format_name(recipe, known, schemes))
     if format.container == "gguf" and (problem := format.problem(schemes[0])):
         raise UsageError(problem, f"use a mix of llama.cpp's, such as `--scheme {DEFAULT_MIX}`: {', '.join(MIXES)}")
     stats = _saved_stats(recipe, checkpoint, wanted)
-    if wanted and not stats:
+    if (wanted or finishes) and not stats:
         check_source(recipe.data, calibrating=True)
     if recipe.eval:
         check_source(recipe.eval.data)
@@ -163,7 +187,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
         recipe,
         format.tensors,
         known.fused() if format.serves_fused else (),
-        _solvable(architecture, format) if architecture and wanted else None,
+        _solvable(architecture, format) if architecture and (wanted or finishes) else None,
         storable=lambda linear: _problem(format, linear, known),
         transposed=known.is_block_linear if known.transposed else None,
         added=[*added, *_kv_scales(checkpoint, recipe, architecture)],
@@ -178,8 +202,8 @@ def prepare(model: str, recipe: Recipe) -> Job:
         more = f" ({len(others) - 1} more like it)" if len(others) > 1 else ""
         raise UsageError(f"--strict: {others[0]}{more}", "give these layers a scheme that fits with --layer")
     notes = (*notes_of(container), *others)
-    job = Job(model, checkpoint, source, recipe, method, transforms, format, container, plan, architecture, kv, stats,
-              changes, notes)  # fmt: skip
+    job = Job(model, checkpoint, source, recipe, method, transforms, format, container, plan, architecture, finishes,
+              kv, stats, changes, notes)  # fmt: skip
     if stats and architecture:
         stats.check_inputs({x.module: x.shape[1] for x in plan.linears if architecture.is_block_linear(x.module)})
     job.quantization_config()
@@ -198,11 +222,20 @@ def _with_defaults(recipe: Recipe, weights: Weights) -> Recipe:
     return recipe
 
 
+def _finishes(recipe: Recipe) -> tuple[Training, ...]:
+    if BLOCK in recipe.finish[1:]:
+        raise UsageError(f"`{BLOCK}` trains while blocks are rounded: it comes first", f"`--finish {BLOCK}` first")
+    if recipe.finish and recipe.stats:
+        raise UsageError("--finish trains on rows of text", "give data instead of --stats")
+    return tuple(get_finish(name, recipe.options.get(name, {})) for name in recipe.finish)
+
+
 def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
     """The job for a model that is quantized already: the same weights in another format."""
     path = weights.checkpoint.path
     rounding = {
         "--scheme": recipe.scheme != AUTO, "--method": recipe.method != AUTO, "--layer": bool(recipe.layers),
+        "--finish": bool(recipe.finish),
         "--transform": bool(recipe.transforms), "--kv": recipe.kv is not None, "--stats": recipe.stats is not None,
     }  # fmt: skip
     asked = [flag for flag, given in rounding.items() if given]
@@ -257,8 +290,8 @@ def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
         files=container.files,
     )
     container = with_kinds(container, plan)
-    job = Job(model, weights.checkpoint, weights, recipe, None, (), format, container, plan, architecture, weights.kv,
-              notes=notes_of(container))  # fmt: skip
+    job = Job(model, weights.checkpoint, weights, recipe, None, (), format, container, plan, architecture,
+              kv=weights.kv, notes=notes_of(container))  # fmt: skip
     job.quantization_config()
     return job
 
@@ -280,8 +313,9 @@ def describe(job: Job) -> dict[str, Any]:
         "architecture": job.checkpoint.config.get("model_type", "unknown"),
         "transforms": list(job.recipe.transforms),
         "method": job.recipe.method,
+        "finish": list(job.recipe.finish),
         "kv": job.recipe.kv,
-        "data": None if not job.wanted else job.recipe.stats or job.recipe.data.source,
+        "data": None if not (job.wanted or job.finishes) else job.recipe.stats or job.recipe.data.source,
         "format": job.format.name,
         "readers": readers(job),
         "layers": [

@@ -7,27 +7,33 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtool import __version__
 from qtool.calibration.texts import BUILT_IN, local_files
+from qtool.checkpoint.beside import rest_of_files
 from qtool.checkpoint.existing import check_apart, check_replaceable, check_same, read_manifest
-from qtool.checkpoint.reader import INDEX, Checkpoint, FileIdentity, sha256_file
-from qtool.checkpoint.writer import MANIFEST, StagedOutput, write_json
-from qtool.errors import QtoolError, ReadError
+from qtool.checkpoint.reader import FileIdentity, sha256_file
+from qtool.checkpoint.writer import MANIFEST, StagedOutput, partial_path, write_json
+from qtool.errors import QtoolError, ReadError, TrainingError, UsageError
+from qtool.evaluation.describe import evaluation_tree
+from qtool.finishing import ADAPTER
 from qtool.gguf.checkpoint import open_checkpoint
 from qtool.gguf.container import GGUFContainer
 from qtool.job import Job, readers
 from qtool.memory import return_freed_memory
 from qtool.models.loading import load_tokenizer
-from qtool.recipe import Recipe, to_tree
+from qtool.processes import processes, rank
+from qtool.recipe import to_tree
 from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_memory_bytes, versions
+
+if TYPE_CHECKING:
+    from qtool.calibration.tokens import TokenRows
+    from qtool.training.parallel import World
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
 ADDED = "was tied to the embedding, and is a tensor of its own now"
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
-OWN_FILES = {MANIFEST, "config.json", "quantize_config.json"}
-SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial"}
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,18 @@ class RunOptions:
     batch_tokens: int = 512  # that run through a block at once; speed and memory only
 
 
-def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tuple[Report, bool]:
+def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tuple[Report | None, bool]:
     """Make OUT; the report, and whether it was up to date already. The output appears whole or not at all.
 
+    Of several processes of torchrun the first does it, and has the report; the others share its end-to-end training.
     Raises UsageError when OUT holds something else and `force` is not set.
     """
+    several, is_first = processes() > 1, rank() == 0
+    if several and not job.end_to_end:
+        raise UsageError(
+            f"{processes()} processes, but nothing here that they could share: that is training end to end",
+            "`--finish scales`, full or lora; or run without torchrun",
+        )
     watch = Stopwatch()
     typed, out = out, Path(os.path.realpath(out))
     return_freed_memory()
@@ -53,31 +66,39 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     with watch.stage("identify"):
         progress("identify", 0, 1, str(job.checkpoint.path))
         files = [FileIdentity(**file) for file in known.get("source_files", [])]
-        source = job.checkpoint.identity(files, [path.name for path in _rest_of_files(job.checkpoint)])
+        source = job.checkpoint.identity(files, [path.name for path in rest_of_files(job.checkpoint)])
         identity = _identity(job, source)
     if known and not options.force:
         check_same(typed, known, identity)
         report = Report.from_tree(known["report"])
-        if job.recipe.eval and known.get("evaluation_recipe") != _evaluation_tree(job.recipe):
+        if is_first and job.recipe.eval and known.get("evaluation_recipe") != evaluation_tree(job.recipe.eval):
             _evaluate(job, out, known, report, options, progress, watch)
-        return report, True
+        return report if is_first else None, True
     if job.recipe.eval:
         _check_evaluation(job, options)
     from qtool.models.blockwise import pick_device
     from qtool.solving.solver import Solver
+    from qtool.training.parallel import World
 
-    device = pick_device(options.device)
+    world = World.of_environment(pick_device(options.device))
+    device = world.device
+    if not world.main:
+        finish(job, partial_path(out), None, world, None, _silent, watch)
+        world.close()
+        return None, False
     staged = StagedOutput(out, job.plan.outputs, identity, options.force, job.container)
     resumed = len(staged.done)
     solver = Solver(job, staged, device, progress, watch)
     try:
         solver.run(options.batch_tokens)
+        _describe(job, staged)
+        finish(job, staged.folder, staged, world, solver.rows, progress, watch)
     except QtoolError as error:  # what the user has to mend makes another run: nothing to go on from
-        if not resumed and not isinstance(error, ReadError):
+        if not resumed and not isinstance(error, (ReadError, TrainingError)):
             staged.discard()
         raise
+    world.close()
     with watch.stage("verify"):
-        _describe(job, staged)
         try:
             _verify(job, staged, progress)
         except QtoolError:
@@ -89,7 +110,10 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
         "qtool": __version__,
         "identity": identity,
         "source_files": [asdict(f) for f in source],
-        "files": [{"name": p.name, "size_bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in staged.files()],
+        "files": [
+            {"name": str(p.relative_to(staged.folder)), "size_bytes": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in staged.files()
+        ],
         "report": report.to_tree(),
     }
     staged.publish(manifest)
@@ -98,9 +122,29 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     return report, False
 
 
+def finish(
+    job: Job,
+    folder: Path,
+    staged: StagedOutput | None,
+    world: World,
+    rows: TokenRows | None,
+    progress: Progress,
+    watch: Stopwatch,
+) -> None:
+    """The end-to-end finishes of what is staged in `folder`; `staged` is None in all processes but the first."""
+    for name in job.end_to_end:
+        from qtool.finishing.end_to_end import EndToEndFinish
+
+        EndToEndFinish(job, name, folder, staged, world, progress).run(rows, watch)
+
+
+def _silent(stage: str, done: int, total: int, detail: str) -> None:
+    """Progress of a process that is not the first."""
+
+
 def _describe(job: Job, staged: StagedOutput) -> None:
     """Config, tokenizer and whatever else belongs beside the weights; a GGUF file has all that in itself."""
-    rest = _rest_of_files(job.checkpoint)
+    rest = rest_of_files(job.checkpoint)
     if job.format.container == "gguf":
         staged.copy_files(path for path in rest if path.name.upper().startswith(LICENCES))
         return
@@ -125,8 +169,9 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     recipe.pop("strict")
     for name in job.recipe.options:
         recipe.pop(name)
-    for name, options in zip([job.recipe.method, *job.recipe.transforms], [job.method, *job.transforms], strict=True):
-        recipe[name] = asdict(options) if options else {}  # type: ignore[call-overload]
+    names = [job.recipe.method, *job.recipe.transforms, *job.recipe.finish]
+    for name, options in zip(names, [job.method, *job.transforms, *job.finishes], strict=True):
+        recipe[name] = asdict(options) if options else {}  # type: ignore[arg-type]
     recipe["format"] = job.format.name
     data = {}
     if job.stats:
@@ -140,15 +185,6 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
     weights = {f.name: f.sha256 for f in source}
     named = {"name": job.name} if job.name else {}
     return {"qtool": __version__, "recipe": recipe, "source": weights, "data_files": data, **named}
-
-
-def _rest_of_files(checkpoint: Checkpoint) -> list[Path]:
-    """Tokenizer, generation config, licence and whatever else stands beside the weights."""
-    if checkpoint.path.is_file() or checkpoint.home.is_file():
-        return []
-    names = OWN_FILES | {INDEX}
-    files = sorted(p for p in checkpoint.root.iterdir() if p.is_file() and p.name not in names)
-    return [p for p in files if not p.name.startswith(".") and p.suffix not in SKIPPED_SUFFIXES]
 
 
 def _verify(job: Job, staged: StagedOutput, progress: Progress) -> None:
@@ -192,6 +228,8 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         scheme=job.recipe.scheme,
         transforms=list(job.recipe.transforms),
         method=job.recipe.method,
+        finish=list(job.recipe.finish),
+        training=[record["training"] for record in staged.done.values() if record["training"]],
         kv=job.recipe.kv,
         format=job.format.name,
         readers=readers(job),
@@ -206,13 +244,6 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         resumed_units=resumed,
         versions=versions("torch", "transformers", "safetensors"),
     )
-
-
-def _evaluation_tree(recipe: Recipe) -> dict[str, Any] | None:
-    """The evaluation that is asked for, with the contents of its files."""
-    if not recipe.eval:
-        return None
-    return {**asdict(recipe.eval), "files": {str(p): sha256_file(p) for p in local_files(recipe.eval.data)}}
 
 
 def _check_evaluation(job: Job, options: RunOptions) -> None:
@@ -240,7 +271,8 @@ def _evaluate(
     assert job.recipe.eval
     try:
         with watch.stage("evaluate"):
-            result = evaluate(out, job.checkpoint.path, job.recipe.eval, options.device, progress)
+            adapter = out / ADAPTER if (out / ADAPTER).is_dir() else None
+            result = evaluate(out, job.checkpoint.path, job.recipe.eval, options.device, progress, adapter)
     except QtoolError as error:
         message = f"{report.output} is whole, but could not be evaluated: {error.message}"
         raise type(error)(message, error.hint or "the same command evaluates again, and does no other work") from None
@@ -250,6 +282,6 @@ def _evaluate(
     report.wall_s += took_s - report.stages_s.get("evaluate", 0.0)  # of another evaluation, long ago
     report.stages_s = {**report.stages_s, "evaluate": took_s}
     report.peak_memory_bytes = max(report.peak_memory_bytes, peak_memory_bytes())
-    newer = {**manifest, "evaluation_recipe": _evaluation_tree(job.recipe), "report": report.to_tree()}
+    newer = {**manifest, "evaluation_recipe": evaluation_tree(job.recipe.eval), "report": report.to_tree()}
     write_json(out / (MANIFEST + ".new"), newer)
     (out / (MANIFEST + ".new")).replace(out / MANIFEST)

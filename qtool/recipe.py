@@ -31,6 +31,20 @@ PROTOCOLS = ("windows", "rows", "llama.cpp")
 SHORTHANDS = {"data": "source", "eval": "data"}  # a section given as one word means this key of it
 
 
+class Loader(yaml.SafeLoader):
+    """YAML without numbers of base 60: `4:1` is text."""
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
+
+
 def _at_least(name: str, value: float | None, least: int) -> None:
     if value is not None and not least <= value < math.inf:
         raise UsageError(f"{name} is {value}, but must be a number of at least {least}")
@@ -79,7 +93,8 @@ class Recipe:
     ignore: tuple[str, ...] = DEFAULT_IGNORE  # patterns of modules that stay as they are
     transforms: tuple[str, ...] = ()  # what is done to the weights before, in this order
     method: str = AUTO  # which codes are chosen; auto: gptq
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # method or transform -> its options
+    finish: tuple[str, ...] = ()  # how what was rounded is trained afterwards, in this order
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # method, transform or finish -> its options
     kv: str | None = None  # the key/value cache when the model is served: fp8 or int8
     format: str = "auto"  # how they lie on disk; auto: what the scheme's readers expect
     data: DataSpec = DataSpec()  # calibration rows, for what wants them
@@ -90,7 +105,7 @@ class Recipe:
 
 
 def build(tree: Mapping[str, Any], with_options: typing.Iterable[str]) -> Recipe:
-    """The recipe that a tree of plain values describes; `with_options` are the methods and transforms.
+    """The recipe that a tree of plain values describes; `with_options` are the methods, transforms and finishes.
 
     Raises UsageError for unknown keys and wrong types.
     """
@@ -99,9 +114,10 @@ def build(tree: Mapping[str, Any], with_options: typing.Iterable[str]) -> Recipe
     if "options" in tree:
         raise UsageError("unknown recipe key `options`", f"options stand under their owner's name: {', '.join(names)}")
     recipe: Recipe = _from_tree(Recipe, tree, "", extra=names)
-    twice = next((name for name in recipe.transforms if recipe.transforms.count(name) > 1), None)
-    if twice:
-        raise UsageError(f"transform `{twice}` is given twice", "once is enough")
+    for kind, names_of_kind in (("transform", recipe.transforms), ("finish", recipe.finish)):
+        twice = next((name for name in names_of_kind if names_of_kind.count(name) > 1), None)
+        if twice:
+            raise UsageError(f"{kind} `{twice}` is given twice", "once is enough")
     if recipe.kv is not None and recipe.kv not in KV_SCHEMES:
         raise unknown("type of key/value cache", recipe.kv, KV_SCHEMES)
     layers = {pattern: str(QuantScheme.parse(scheme)) for pattern, scheme in recipe.layers.items()}
@@ -122,7 +138,7 @@ def _scheme(text: str) -> str:
 def to_tree(recipe: Recipe) -> dict[str, Any]:
     """The plain values that `build` takes: the inverse of it."""
     tree = dataclasses.asdict(recipe)
-    tree["ignore"], tree["transforms"] = list(recipe.ignore), list(recipe.transforms)
+    tree.update(ignore=list(recipe.ignore), transforms=list(recipe.transforms), finish=list(recipe.finish))
     tree.update(tree.pop("options"))
     return tree
 
@@ -134,7 +150,7 @@ def to_yaml(recipe: Recipe) -> str:
 def load_tree(path: Path) -> dict[str, Any]:
     """The YAML mapping in a recipe file."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UsageError(f"cannot read recipe `{path}`: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -152,7 +168,7 @@ def set_key(tree: dict[str, Any], assignment: str) -> None:
         tree[parent] = section(tree, parent)
         tree = tree[parent]
     try:
-        tree[last] = yaml.safe_load(value)
+        tree[last] = yaml.load(value, Loader)
     except yaml.YAMLError:
         raise UsageError(f"`--set {assignment}`: `{value}` is not a YAML value") from None
 
@@ -166,8 +182,11 @@ def section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def options_of(cls: type, values: Mapping[str, Any], name: str) -> Any:
-    """An instance of an options dataclass from plain values, checked key by key and type by type."""
-    return _from_tree(cls, values, name + ".")
+    """An instance of an options dataclass from plain values, checked key by key and type by type.
+
+    `name` is the section of the recipe that they stand in; "" for the whole of it.
+    """
+    return _from_tree(cls, values, name and name + ".")
 
 
 def _mapping(what: str, value: object) -> Mapping[str, Any]:
@@ -193,6 +212,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
+        if {str, float} <= set(args):  # a schedule: a number where it is one
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)
         return _convert(value, next(a for a in args if a is not type(None)), key)
     if dataclasses.is_dataclass(hint):
         main_key = {DataSpec: "source", EvalSpec: "data"}.get(typing.cast(type, hint))
@@ -200,8 +222,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             value = {main_key: value}
         return _from_tree(typing.cast(type, hint), value, key + ".")
     if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if all(type(i) is args[0] for i in items):
             return tuple(items)
     elif origin is not None and issubclass(origin, Mapping):
         return {str(k): str(v) for k, v in _mapping(f"`{key}`", value).items()}
@@ -213,6 +235,6 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif hint in (int, bool) and type(value) is hint:
         return value
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-        hint, "a list of text"
+        hint, "a list of whole numbers" if args[:1] == (int,) else "a list of text"
     )
     raise UsageError(f"recipe key `{key}` takes {expected}, not `{value}`")

@@ -363,7 +363,7 @@ class TestRoundInputs:
             calls.append(1)
             return fake_quantize(x, scheme, scale)
 
-        monkeypatch.setattr(runtime_inputs, "fake_quantize", counted)
+        monkeypatch.setattr(runtime_inputs, "fake_quantize_inputs", counted)
         return calls
 
     @torch.no_grad()

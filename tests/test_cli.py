@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 HELD = "\x1b"  # begins every escape sequence
 COMMON = ["--json", "-q", "--quiet", "-v", "--verbose", "--progress", "--no-progress", "--log-format", "--force",
           "--dry-run", "-o", "--output"]  # fmt: skip
-COMMANDS = ["quantize", "calibrate", "eval-ppl", "inspect"]
+COMMANDS = ["quantize", "calibrate", "distill", "eval-ppl", "inspect"]
 RTN = ["--scheme", "int4-g32-sym", "--method", "rtn"]
 GPTQ = ["--scheme", "int4-g32-sym", "--data", "c.jsonl", "--seqlen", "32", "--rows", "16"]
 SHOW_TRACEBACK = "\nhint: the traceback is shown with -v\n"
@@ -127,7 +127,7 @@ def commands():
 
 
 def test_there_are_these_commands():
-    assert sorted(commands()) == sorted(COMMANDS) == ["calibrate", "eval-ppl", "inspect", "quantize"]
+    assert sorted(commands()) == sorted(COMMANDS) == ["calibrate", "distill", "eval-ppl", "inspect", "quantize"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

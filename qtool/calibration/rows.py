@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ class Rows:
         self.stream = model.start(batch for batch, _ in batches(rows.rows, batch_tokens))
         self.float_stream = Stream(list(self.stream.hidden), self.stream.arguments) if cross else None
         self.float_block: nn.Module | None = None
+        self.float_outputs: list[Tensor] | None = None
         self.index = 0
 
     def enter(self, index: int) -> None:
@@ -41,6 +41,19 @@ class Rows:
         """From here on the block will be rounded; the float stream keeps a copy of it as it is."""
         assert self.cross
         self.float_block = copy.deepcopy(block)
+
+    def targets(self) -> list[Tensor]:
+        """The output of the float block for the float model's inputs, batch by batch."""
+        assert self.float_stream is not None
+        assert self.float_block is not None
+        block, stream = self.float_block, self.float_stream
+        outputs = [self.model.run(block, self.index, stream, batch) for batch in range(len(stream.hidden))]
+        self.float_outputs = outputs
+        return outputs
+
+    def output(self, block: nn.Module, batch: int, cache: KVCache | None = None) -> Tensor:
+        """The output of a block for one batch, with the gradient of whatever in it asks for one."""
+        return self.model.forward(block, self.index, self.stream, batch, cache)
 
     def measure(
         self,
@@ -79,14 +92,17 @@ class Rows:
 
     def leave(self, block: nn.Module, rounded: Roundings | None = None, cache: KVCache | None = None) -> None:
         """The rows advance to the next block."""
-        for module, stream in ((block, self.stream), (self.float_block or block, self.float_stream)):
-            if stream is not None:
-                is_float = stream is self.float_stream
-                with nullcontext() if is_float else round_inputs(block, rounded or {}):
-                    for batch in range(len(stream.hidden)):
-                        used = None if is_float else cache
-                        stream.hidden[batch] = self.model.run(module, self.index, stream, batch, used)
-        self.float_block = None
+        with round_inputs(block, rounded or {}):
+            self._advance(block, self.stream, cache)
+        if self.float_stream is not None and self.float_outputs is not None:
+            self.float_stream.hidden = self.float_outputs
+        elif self.float_stream is not None:
+            self._advance(self.float_block or block, self.float_stream, None)
+        self.float_block = self.float_outputs = None
+
+    def _advance(self, block: nn.Module, stream: Stream, cache: KVCache | None) -> None:
+        for batch in range(len(stream.hidden)):
+            stream.hidden[batch] = self.model.run(block, self.index, stream, batch, cache)
 
     def _inputs(
         self, block: nn.Module, stream: Stream, batch: int, layers: list[str], cache: KVCache | None, to_the_end: bool

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JOURNAL = "journal.jsonl"
+SCRATCH = "scratch"
 MANIFEST = "manifest.json"
 SHARD_BYTES = 5_000_000_000
 
@@ -168,7 +169,7 @@ class StagedOutput:
     def finish_unit(self, unit: str, record: dict[str, Any]) -> None:
         """Everything written so far is safe on disk, and so is the fact that this unit is done."""
         for path in self._layouts:
-            _fsync(path)
+            fsync(path)
         with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"unit": unit, "record": record}) + "\n")
             file.flush()
@@ -190,16 +191,25 @@ class StagedOutput:
         """Throw away what was staged."""
         shutil.rmtree(self.folder)
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what an interrupted run needs to go on, and the output does not have: gone once it is there."""
+        folder = self.folder / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def files(self) -> list[Path]:
         """What the output will hold besides its manifest."""
-        return sorted(p for p in self.folder.iterdir() if p.name not in (JOURNAL, MANIFEST))
+        own = {self.folder / name for name in (JOURNAL, MANIFEST, SCRATCH)}
+        found = [path for path in self.folder.iterdir() if path not in own]
+        return sorted(p for path in found for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
 
     def publish(self, manifest: Mapping[str, Any]) -> None:
         """Manifest last, then the rename that makes the output appear."""
         write_json(self.folder / MANIFEST, manifest)
-        for path in self.folder.iterdir():
-            _fsync(path)
-        _fsync(self.folder)
+        for path in [*self.files(), self.folder / MANIFEST]:
+            fsync(path)
+        fsync(self.folder)
         replaced = replaced_path(self.out)
         if self.out.exists():
             if replaced.exists():
@@ -207,7 +217,8 @@ class StagedOutput:
             self.out.rename(replaced)
         self.folder.rename(self.out)
         (self.out / JOURNAL).unlink()  # only now: until the rename a crash must find it
-        _fsync(self.out.parent)
+        shutil.rmtree(self.out / SCRATCH, ignore_errors=True)
+        fsync(self.out.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
 
@@ -266,7 +277,8 @@ def _journal_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """A file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from qtool import __version__
-from qtool.cli import calibrate, eval_ppl, inspect, quantize, state
+from qtool.cli import calibrate, distill, eval_ppl, inspect, quantize, state
 from qtool.errors import QtoolError, UsageError
 
 INTERRUPTED = 130
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command("quantize", no_args_is_help=True)(quantize.command)
 app.command("calibrate", no_args_is_help=True)(calibrate.command)
+app.command("distill", no_args_is_help=True)(distill.command)
 app.command("eval-ppl", no_args_is_help=True)(eval_ppl.command)
 app.command("inspect", no_args_is_help=True)(inspect.command)
 

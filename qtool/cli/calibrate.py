@@ -41,20 +41,13 @@ def command(
     split: Annotated[str | None, typer.Option("--split", help="Of a data set (train).")] = None,
     column: Annotated[str | None, typer.Option("--column", help="Of a data set (text, else messages).")] = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows (128).")] = None,
-    seqlen: Annotated[
-        int | None, typer.Option("--seqlen", min=2, help="Tokens per row (the model's context, at most 2048).")
-    ] = None,
-    pack: Annotated[
-        bool | None, typer.Option("--pack/--no-pack", help="Join the texts and cut rows, or one row per text (pack).")
-    ] = None,
+    seqlen: options.SeqLen = None,
+    pack: options.Pack = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Which rows, when there are more than asked for (0).")
     ] = None,
     device: options.Device = "auto",
-    batch_tokens: Annotated[
-        int,
-        typer.Option("--batch-tokens", min=1, help="Tokens that run through a block at once; speed and memory only."),
-    ] = 512,
+    batch_tokens: options.BatchTokens = 512,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,

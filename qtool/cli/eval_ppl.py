@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from qtool.cli import options, state
-from qtool.cli.quantize import GATE_MISSED
 from qtool.errors import unknown
 from qtool.recipe import PROTOCOLS, DataSpec, EvalSpec
 
@@ -35,13 +34,8 @@ def command(
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="Overlap windows: tokens between starts.")
     ] = None,
-    max_ppl_increase: Annotated[
-        str | None,
-        typer.Option("--max-ppl-increase", metavar="1%|0.2", help="Gate: exit 3 if perplexity rises by more."),
-    ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Gate: exit 3 if the mean KL divergence (nats) is more.")
-    ] = None,
+    max_ppl_increase: options.MaxPplIncrease = None,
+    max_kl: options.MaxKl = None,
     device: options.Device = "auto",
     output: options.ReportFile = None,
     force: options.Force = False,
@@ -89,5 +83,5 @@ def command(
     console.result(tree, evaluation_view(tree))
     if any(not gate["passed"] for gate in gates):
         console.log("a quality gate was missed", "error")
-        return GATE_MISSED
+        return options.GATE_MISSED
     return 0

@@ -8,22 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from qtool.cli import options, state
+from qtool.cli.console import Console
 from qtool.errors import UsageError
+from qtool.finishing import FINISHES, get_finish
 from qtool.formats import FORMATS
 from qtool.methods import METHODS, get_method
-from qtool.recipe import AUTO, DEFAULT_IGNORE, build, load_tree, section, set_key, to_tree, to_yaml
+from qtool.recipe import AUTO, DEFAULT_IGNORE, Recipe, build, load_tree, section, set_key, to_tree, to_yaml
 from qtool.transforms import TRANSFORMS, get_transform
-
-GATE_MISSED = 3
 
 
 def command(
     context: typer.Context,
     model: options.Model,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder to make. It appears whole or not at all.")
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; typed flags go before it.")] = None,
+    output: options.Output = None,
+    recipe: options.RecipeFile = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -40,6 +38,10 @@ def command(
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", help=f"Which codes are chosen: {', '.join(METHODS)}.")
+    ] = None,
+    finish: Annotated[
+        list[str] | None,
+        typer.Option("--finish", metavar="NAME", help=f"Train what was rounded, in this order: {', '.join(FINISHES)}."),
     ] = None,
     layer: Annotated[
         list[str] | None,
@@ -74,32 +76,21 @@ def command(
         ),
     ] = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows (128).")] = None,
-    seqlen: Annotated[
-        int | None, typer.Option("--seqlen", min=2, help="Tokens per row (the model's context, at most 2048).")
-    ] = None,
-    pack: Annotated[
-        bool | None, typer.Option("--pack/--no-pack", help="Join the texts and cut rows, or one row per text (pack).")
-    ] = None,
+    seqlen: options.SeqLen = None,
+    pack: options.Pack = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Which rows, when there are more than asked for (0).")
     ] = None,
     evaluate: Annotated[
         str | None, typer.Option("--eval", metavar="DATA", help="Measure before and after on this text.")
     ] = None,
-    protocol: Annotated[
-        str | None, typer.Option("--protocol", help="Of --eval: windows, rows or llama.cpp.", metavar="NAME")
-    ] = None,
-    max_ppl_increase: Annotated[
-        str | None,
-        typer.Option("--max-ppl-increase", metavar="1%|0.2", help="Gate: exit 3 if perplexity rises by more."),
-    ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Gate: exit 3 if the mean KL divergence (nats) is more.")
-    ] = None,
+    protocol: options.Protocol = None,
+    max_ppl_increase: options.MaxPplIncrease = None,
+    max_kl: options.MaxKl = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, such as gptq.damp=0.05.")
     ] = None,
-    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")] = False,
+    print_recipe: options.PrintRecipe = False,
     recommend: Annotated[
         bool,
         typer.Option(
@@ -132,10 +123,7 @@ def command(
         bool | None, typer.Option("--strict/--no-strict", help="A tensor left alone unasked is an error (no).")
     ] = None,
     device: options.Device = "auto",
-    batch_tokens: Annotated[
-        int,
-        typer.Option("--batch-tokens", min=1, help="Tokens that run through a block at once; speed and memory only."),
-    ] = 512,
+    batch_tokens: options.BatchTokens = 512,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -163,6 +151,7 @@ def command(
     wishes = {"--memory": memory, "--engine": engine, "--hardware": hardware, "--context": model_context}
     if recommend:
         chosen = {"--recipe": recipe, "--scheme": scheme, "--method": method, "--transform": transform, "--kv": kv,
+                  "--finish": finish,
                   "--layer": layer, "--format": format, "-o": output}  # fmt: skip
         for flag in (flag for flag, value in chosen.items() if value):
             raise UsageError(f"--recommend chooses by itself and writes nothing: {flag} means nothing with it")
@@ -179,20 +168,21 @@ def command(
     rows_asked = {"--data": data, "--rows": rows, "--seqlen": seqlen, "--pack/--no-pack": pack, "--seed": seed}
     for flag in (flag for flag, value in rows_asked.items() if stats and value is not None):
         raise UsageError(f"{flag} means nothing with --stats, which stand for the data", f"leave {flag} or --stats out")
-    for names in (names for names in transform or [] if "," in names):
-        flags = " ".join(f"--transform {name.strip()}" for name in names.split(","))
-        raise UsageError(f"`--transform {names}` names several transforms", f"give each its own flag: `{flags}`")
+    for flag, kind, given in (("--transform", "transforms", transform), ("--finish", "finishes", finish)):
+        for names in (names for names in given or [] if "," in names):
+            flags = " ".join(f"{flag} {name.strip()}" for name in names.split(","))
+            raise UsageError(f"`{flag} {names}` names several {kind}", f"give each its own flag: `{flags}`")
     tree: dict[str, Any] = load_tree(recipe) if recipe else {}
     for assignment in assignments or []:
         set_key(tree, assignment)
-    _put(tree, scheme=scheme, transforms=transform, method=method, format=format, kv=kv, stats=stats, strict=strict,
-         requantize=requantize)  # fmt: skip
-    _put_into(tree, "data", source=data, rows=rows, seqlen=seqlen, pack=pack, seed=seed)
+    options.put(tree, scheme=scheme, transforms=transform, method=method, finish=finish, format=format, kv=kv,
+                stats=stats, strict=strict, requantize=requantize)  # fmt: skip
+    options.put_into(tree, "data", source=data, rows=rows, seqlen=seqlen, pack=pack, seed=seed)
     gates = {"protocol": protocol, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl}
     if evaluate:
         tree["eval"] = section(tree, "eval")
-        _put_into(tree["eval"], "data", source=evaluate)
-    _put_into(tree, "eval", **gates)
+        options.put_into(tree["eval"], "data", source=evaluate)
+    options.put_into(tree, "eval", **gates)
     for text in layer or []:
         pattern, equals, value = text.rpartition("=")
         if not equals or not pattern:
@@ -201,7 +191,7 @@ def command(
     if ignore:
         before = tree.get("ignore") or DEFAULT_IGNORE
         tree["ignore"] = [*([before] if isinstance(before, str) else before), *ignore]
-    resolved = build(tree, [*METHODS, *TRANSFORMS])
+    resolved = build(tree, [*METHODS, *TRANSFORMS, *FINISHES])
     from qtool.evaluation.gates import check_spec
 
     named = [] if resolved.method == AUTO else [resolved.method]
@@ -209,12 +199,27 @@ def command(
         get_method(name, resolved.options.get(name, {}))
     for name in [*resolved.transforms, *sorted(set(TRANSFORMS) & resolved.options.keys())]:
         get_transform(name, resolved.options.get(name, {}))
+    for name in [*resolved.finish, *sorted(set(FINISHES) & resolved.options.keys())]:
+        get_finish(name, resolved.options.get(name, {}))
     if resolved.eval:
         check_spec(resolved.eval, has_baseline=True)
     if print_recipe:
-        console.result(to_tree(resolved), []) if as_json else console.text(to_yaml(resolved))
-        return 0
+        return options.show_recipe(console, to_tree(resolved), to_yaml(resolved))
 
+    return execute(console, model, resolved, output, dry_run, device, force, batch_tokens)
+
+
+def execute(
+    console: Console,
+    model: str,
+    recipe: Recipe,
+    output: Path | None,
+    dry_run: bool,
+    device: str,
+    force: bool,
+    batch_tokens: int,
+) -> int:
+    """Quantize by a recipe that is complete, or say what would be done; the exit code."""
     from qtool.job import describe, prepare
     from qtool.pipeline import RunOptions
     from qtool.pipeline import quantize as run
@@ -222,17 +227,16 @@ def command(
 
     if output is None and not dry_run:
         raise UsageError("nowhere to write to", "give a folder with -o/--output, or look only with --dry-run")
-    job = prepare(model, resolved)
+    job = prepare(model, recipe)
     if dry_run:
         description = describe(job)
         console.result(description, plan_view(description))
         return 0
     assert output is not None
-    if output.suffix in (".gguf", ".safetensors"):
-        raise UsageError(
-            f"{output} is the name of a file, but the output is a folder", f"`-o {output.with_suffix('')}`"
-        )
+    options.check_folder(output)
     report, up_to_date = run(job, output, RunOptions(device, force, batch_tokens), console.progress)
+    if report is None:  # the first of several processes says how it went
+        return 0
     for note in report.notes:
         console.log(note, "warning")
     if up_to_date:
@@ -240,17 +244,5 @@ def command(
     console.result({**report.to_tree(), "up_to_date": up_to_date}, report_view(report))
     if report.gate_failed:
         console.log("a quality gate was missed: the output is kept and marked in its manifest", "error")
-        return GATE_MISSED
+        return options.GATE_MISSED
     return 0
-
-
-def _put(tree: dict[str, Any], **typed: Any) -> None:
-    """Flags that were typed go over what the recipe says."""
-    tree.update({key: value for key, value in typed.items() if value is not None})
-
-
-def _put_into(tree: dict[str, Any], name: str, **typed: Any) -> None:
-    """The same for a section."""
-    given = {key: value for key, value in typed.items() if value is not None}
-    if given:
-        tree[name] = {**section(tree, name), **given}

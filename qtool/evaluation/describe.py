@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qtool.calibration.texts import local_files
+from qtool.checkpoint.reader import sha256_file
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import open_checkpoint
 from qtool.models.architectures import architecture_of
@@ -24,3 +27,10 @@ def describe(path: Path, base_path: Path | None, spec: EvalSpec) -> dict[str, An
     description["protocol"] = spec.protocol
     description["context"] = spec.data.seqlen or "the model's, at most 2048"
     return description
+
+
+def evaluation_tree(spec: EvalSpec | None) -> dict[str, Any] | None:
+    """The evaluation that is asked for, with the contents of its files."""
+    if not spec:
+        return None
+    return {**asdict(spec), "files": {str(path): sha256_file(path) for path in local_files(spec.data)}}

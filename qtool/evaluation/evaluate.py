@@ -14,6 +14,7 @@ from qtool.evaluation import statistics
 from qtool.evaluation.losses import Progress, TokenLosses, token_losses
 from qtool.evaluation.protocols import EvalRows, eval_rows, scored_bytes
 from qtool.evaluation.statistics import Estimate
+from qtool.formats.adapter import Adapted
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import open_checkpoint
 from qtool.gguf.file import Metadata
@@ -52,6 +53,7 @@ class Comparison:
     top1_agreement: Estimate
     rms_delta_p: float
     worst: list[WorstPlace]
+    tokens_per_s: float = 0.0  # of the baseline
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,24 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(path: Path, base_path: Path | None, spec: EvalSpec, device: str, progress: Progress) -> Evaluation:
-    """Measure the model in `path`, dense or packed, beside the one in `base_path`.
+def evaluate(
+    path: Path, base_path: Path | None, spec: EvalSpec, device: str, progress: Progress, adapter: Path | None = None
+) -> Evaluation:
+    """Measure the model in `path`, dense or packed, with the LoRA adapter beside it, beside the one in `base_path`.
 
     Raises UsageError when the two do not take the same tokens.
     """
     started = time.perf_counter()
     return_freed_memory()
     target = pick_device(device)
-    model = _open(path, target)
+    model = _open(path, target, adapter)
     tokenizer = Tokenizer(model.home, model.config.vocab_size)
     context = model.context
     base = None
     if base_path:
         base = _open(base_path, target)
         base_tokenizer = Tokenizer(base.home, base.config.vocab_size)
-        tokenizer = _common(tokenizer, base_tokenizer)
+        tokenizer = common_tokenizer(tokenizer, base_tokenizer)
         if base.config.vocab_size != model.config.vocab_size:
             raise UsageError(f"{path} predicts {model.config.vocab_size} tokens, {base_path} {base.config.vocab_size}")
         context = min(context, base.context)
@@ -134,7 +138,7 @@ def check(path: Path, spec: EvalSpec, device: str, gguf: Metadata | None = None)
     eval_rows(spec, tokenizer, base.context)
 
 
-def _common(tokenizer: Tokenizer, base: Tokenizer) -> Tokenizer:
+def common_tokenizer(tokenizer: Tokenizer, base: Tokenizer) -> Tokenizer:
     """The tokenizer for both models; beside a GGUF file's, put together from its keys, that of the files themselves.
 
     Raises UsageError where the same token stands for other text.
@@ -148,9 +152,10 @@ def _common(tokenizer: Tokenizer, base: Tokenizer) -> Tokenizer:
     return base if of_file else tokenizer
 
 
-def _open(path: Path, device: Any) -> BlockModel:
+def _open(path: Path, device: Any, adapter: Path | None = None) -> BlockModel:
     checkpoint = open_checkpoint(path)
-    return BlockModel(checkpoint.home, Weights(checkpoint), device)
+    weights = Weights(checkpoint)
+    return BlockModel(checkpoint.home, Adapted(weights, adapter) if adapter else weights, device)
 
 
 def _compare(baseline: str, losses: TokenLosses, rows: EvalRows, tokenizer: Tokenizer) -> Comparison:
@@ -170,6 +175,7 @@ def _compare(baseline: str, losses: TokenLosses, rows: EvalRows, tokenizer: Toke
         top1_agreement=statistics.mean(losses.agree, row),
         rms_delta_p=float(losses.delta_p.square().mean().sqrt()),
         worst=_worst(losses, rows, tokenizer),
+        tokens_per_s=sum(len(row) for row in rows.rows) / losses.base_s,
     )
 
 

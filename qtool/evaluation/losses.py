@@ -41,6 +41,7 @@ class TokenLosses:
     agree: Tensor | None = None  # 1 where both have the same most likely token
     delta_p: Tensor | None = None  # change of the true token's probability
     model_s: float = 0.0  # time in the blocks of the model, without the baseline
+    base_s: float = 0.0  # in those of the baseline
 
 
 def token_losses(model: BlockModel, base: BlockModel | None, rows: EvalRows, progress: Progress) -> TokenLosses:
@@ -48,13 +49,15 @@ def token_losses(model: BlockModel, base: BlockModel | None, rows: EvalRows, pro
     portions = _portions(model, base, rows)
     step = max(1, SLICE_LOGITS // model.config.vocab_size)
     found: dict[int, dict[str, list[Tensor]]] = {}  # by row, what there is of its tokens
-    model_s = 0.0
+    model_s = base_s = 0.0
     for number, portion in enumerate(portions):
         passes = number, len(portions)
         started = time.perf_counter()
         hidden = _final_hidden(model, rows, portion, "model", passes, progress)
         model_s += time.perf_counter() - started
+        started = time.perf_counter()
         base_hidden = _final_hidden(base, rows, portion, "baseline", passes, progress) if base else {}
+        base_s += time.perf_counter() - started
         with ExitStack() as stack:
             head = stack.enter_context(model.head())
             base_head = stack.enter_context(base.head()) if base else None
@@ -81,7 +84,7 @@ def token_losses(model: BlockModel, base: BlockModel | None, rows: EvalRows, pro
                 f"the {name}'s loss is not finite for {int(bad.sum())} of {len(bad)} tokens, "
                 f"first in row {int(joined['row'][at])} at token {int(joined['position'][at])}"
             )
-    return TokenLosses(**joined, model_s=model_s)
+    return TokenLosses(**joined, model_s=model_s, base_s=base_s)
 
 
 def _portions(model: BlockModel, base: BlockModel | None, rows: EvalRows) -> list[list[Batch]]:

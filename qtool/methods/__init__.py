@@ -25,6 +25,7 @@ METHODS = {
     "rtn": "qtool.methods.rtn:RTN",
     "gptq": "qtool.methods.gptq:GPTQ",
     "gptaq": "qtool.methods.gptaq:GPTAQ",
+    "qat": "qtool.methods.qat:QAT",
 }
 
 
@@ -40,6 +41,7 @@ class Method(Protocol):
     """What the pipeline asks of a method."""
 
     needs: ClassVar[frozenset[str]]
+    finish: ClassVar[tuple[str, ...]] = ()  # how its solution is trained unless the recipe says otherwise
 
     def solve(self, weight_OI: Tensor, grid: Grid, moments: Moments | None) -> Solution:
         """The codes and parameters for a float32 weight, given the moments of its inputs that it needs."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from qtool.errors import QtoolError, UsageError, unknown
-from qtool.methods import Solution
+from qtool.methods import Method, Solution
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ MOST_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Method):
     """Options of `gptq`."""
 
     damp: float = 0.01  # added to the diagonal of H, relative to its mean

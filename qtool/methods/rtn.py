@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from qtool.errors import unknown
-from qtool.methods import Solution
+from qtool.methods import Method, Solution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ SCALES = ("searched", "minmax")
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Method):
     """Options of `rtn`."""
 
     scales: str = "searched"  # searched: least squared error; minmax: from the range of each group

@@ -58,10 +58,16 @@ class Architecture:
     norm_offset: float = 0.0  # a norm multiplies by its weight plus this
     rotatable: bool = True  # its residual stream can be rotated: all that reads it goes through a norm, RMS and first
     attention: str = "sdpa"  # the attention code of transformers that computes this model exactly
+    document_mask: bool = False  # positions that begin again do not make it mask other documents: it wants a mask
 
     def linears(self) -> list[str]:
         """The linears of a block, relative to it."""
         return [linear for source in self.inputs for linear in source.linears]
+
+    @property
+    def attention_output(self) -> str:
+        """The linear of a block that attention ends in, relative to it."""
+        return self.inputs[1].linears[0]
 
     def fused(self) -> list[tuple[str, ...]]:
         """The linears that are served as one."""
@@ -140,6 +146,7 @@ OPT = Architecture(
     ),
     positions=True,
     rotatable=False,
+    document_mask=True,
 )
 
 ARCHITECTURES = {

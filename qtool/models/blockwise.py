@@ -9,7 +9,7 @@ Shapes: B rows of a batch, T tokens, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError, UsageError
-from qtool.models.architectures import architecture_of
+from qtool.models.architectures import Architecture, architecture_of
 from qtool.models.loading import config_tree, load_config
 from qtool.runtime.inputs import round_inputs
 from qtool.runtime.kv import KVCache
@@ -61,10 +61,10 @@ class _Recorder(nn.Module):
 
 @dataclass
 class Stream:
-    """Hidden states of all batches on their way through the blocks, and the arguments each block needs by shape."""
+    """Hidden states of all batches on their way through the blocks, and the arguments of each block for each batch."""
 
     hidden: list[Tensor]  # [B, T, E] each
-    arguments: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
 
 
 class BlockModel:
@@ -106,48 +106,53 @@ class BlockModel:
 
         Inputs, keys and values are rounded as the checkpoint says that they are when it is served.
         """
-        kv = self.source.kv_scales(self.block_name(index))
+        cache = self.kv_cache(index)
         with self._serving(f"{self.architecture.blocks}.{index}", self.block_name(index)) as block:
-            self.cache = kv and KVCache(kv[0], kv[1].to(self.device), kv[2].to(self.device))
+            self.cache = cache
             try:
                 yield block
             finally:
                 self.cache = None
 
-    def start(self, batches: Iterable[Tensor]) -> Stream:
+    def start(self, batches: Iterable[Tensor], positions: Sequence[Tensor] | None = None) -> Stream:
         """Token batches [B, T] -> what enters the first block. Of the embedding only the rows in use are loaded.
 
+        `positions` [B, T] of each batch begin again at 0 with each document of a row; no token sees another document.
         Raises UsageError for rows longer than a table of positions.
         """
         stream, tokens = Stream([]), list(batches)
-        longest = max(batch.shape[1] for batch in tokens)
-        if self.architecture.positions and longest > self.context:
-            raise UsageError(
-                f"rows of {longest} tokens are too long for a model with {self.context} positions",
-                f"make them shorter: `--seqlen {self.context}`",
-            )
+        for tokens_BT in tokens:
+            self.check_length(tokens_BT)
         used = torch.unique(torch.cat([batch.flatten() for batch in tokens]))
         path, _, name = self.architecture.blocks.rpartition(".")
         decoder = self.model.get_submodule(path)
         recorders = [_Recorder(b is self.blocks[-1]) for b in self.blocks]
+        of_shape: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         embedding = self.model.get_submodule(self.architecture.embedding)
         assert isinstance(embedding, nn.Embedding)
         embedding.padding_idx = None  # matters to gradients only, and would point outside the rows in use
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(self._loaded(self.architecture.embedding, used))
-            for part in self._present(self.architecture.before):
-                stack.enter_context(self._serving(part, self._module_in_file(part)))
+            for part in self.present(self.architecture.before):
+                stack.enter_context(self._serving(part, self.module_in_file(part)))
             setattr(decoder, name, nn.ModuleList(recorders))
             try:
-                for tokens_BT in tokens:
+                for batch, tokens_BT in enumerate(tokens):
+                    positions_BT = positions[batch] if positions is not None else None
                     with suppress(_AllRecorded):
                         rows_BT = torch.searchsorted(used, tokens_BT)
                         # numbers of rows are no tokens: what looks for padding must not see them
-                        decoder(inputs_embeds=embedding(rows_BT.to(self.device)), use_cache=False)
+                        decoder(
+                            inputs_embeds=embedding(rows_BT.to(self.device)),
+                            use_cache=False,
+                            **document_arguments(self.architecture, positions_BT, self.device),
+                        )
                     calls = [recorder.call for recorder in recorders]
                     stream.hidden.append(calls[0][0][0])
-                    if tuple(tokens_BT.shape) not in stream.arguments:
-                        stream.arguments[tuple(tokens_BT.shape)] = [(args[1:], kwargs) for args, kwargs in calls]
+                    arguments = [(args[1:], kwargs) for args, kwargs in calls]
+                    if positions is None:  # batches of one shape share theirs
+                        arguments = of_shape.setdefault(tuple(tokens_BT.shape), arguments)
+                    stream.arguments.append(arguments)
             finally:
                 setattr(decoder, name, nn.ModuleList(self.blocks))
         return stream
@@ -157,42 +162,54 @@ class BlockModel:
 
         `cache` sees, and may change, its keys and values.
         """
-        hidden_BTE = stream.hidden[batch]
-        args, kwargs = stream.arguments[tuple(hidden_BTE.shape[:2])][index]
-        cache, place = cache or self.cache, self.architecture.cache_argument
-        if cache is not None:
-            if isinstance(place, int):
-                args = (*args[:place], cache, *args[place + 1 :])
-            else:
-                kwargs = {**kwargs, place: cache}
         with torch.no_grad():
-            output = block(hidden_BTE, *args, **kwargs)
+            return self.forward(block, index, stream, batch, cache)
+
+    def forward(self, block: nn.Module, index: int, stream: Stream, batch: int, cache: KVCache | None = None) -> Tensor:
+        """The same with the gradient of whatever the block has that asks for one."""
+        hidden_BTE = stream.hidden[batch]
+        args, kwargs = stream.arguments[batch][index]
+        args, kwargs = with_cache(cache or self.cache, self.architecture, args, kwargs)
+        output = block(hidden_BTE, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Final norm, where there is one, and output head: a function from hidden states [N, E] to logits [N, V]."""
-        final = getattr(self.config, "final_logit_softcapping", None)
-        names = (self.architecture.norm, *self.architecture.after, self.architecture.head)
-        with ExitStack() as stack, torch.no_grad():
-            steps = [
-                stack.enter_context(self._serving(name, self._module_in_file(name))) for name in self._present(names)
-            ]
+        with ExitStack() as stack:
+            for name in self.head_modules():
+                stack.enter_context(self._serving(name, self.module_in_file(name)))
+            yield self.logits
 
-            def logits(hidden_NE: Tensor) -> Tensor:
-                values = hidden_NE
-                for step in steps:
-                    values = step(values)
-                return torch.tanh(values / final) * final if final else values
+    def logits(self, hidden_NE: Tensor) -> Tensor:
+        """Final norm, where there is one, and output head, both loaded: hidden states [N, E] -> logits [N, V]."""
+        values, final = hidden_NE, getattr(self.config, "final_logit_softcapping", None)
+        for name in self.head_modules():
+            values = self.model.get_submodule(name)(values)
+        return torch.tanh(values / final) * final if final else values
 
-            yield logits
+    def head_modules(self) -> list[str]:
+        """What hidden states go through to become logits."""
+        return self.present((self.architecture.norm, *self.architecture.after, self.architecture.head))
 
-    def _present(self, names: Iterable[str]) -> list[str]:
+    def present(self, names: Iterable[str]) -> list[str]:
         """Those modules that the model of this config has."""
-        modules = dict(self.model.named_modules())
-        return [name for name in names if name in modules]
+        found: list[str] = []
+        for name in names:
+            with suppress(AttributeError):  # what a config leaves out is None or not there
+                self.model.get_submodule(name)
+                found.append(name)
+        return found
 
-    def _module_in_file(self, name: str) -> str:
+    def check_length(self, tokens_BT: Tensor) -> None:
+        """Raises UsageError for rows longer than a table of positions."""
+        if self.architecture.positions and tokens_BT.shape[1] > self.context:
+            raise UsageError(
+                f"rows of {tokens_BT.shape[1]} tokens are too long for a model with {self.context} positions",
+                f"make them shorter: `--seqlen {self.context}`",
+            )
+
+    def module_in_file(self, name: str) -> str:
         """What the checkpoint calls a module; a norm may have no weight to tell by."""
         spellings = self.architecture.spellings(f"{name}.weight")
         return next((s for s in spellings if s in self.source.shapes), spellings[0]).removesuffix(".weight")
@@ -200,37 +217,47 @@ class BlockModel:
     @contextmanager
     def _serving(self, name: str, in_file: str) -> Iterator[nn.Module]:
         """A loaded module that rounds its inputs as the checkpoint says; `in_file` is what that calls it."""
-        roundings = {
-            layer: (scheme, None if scale is None else scale.to(self.device))
-            for layer, (scheme, scale) in self.source.roundings(in_file).items()
-        }
-        with self._loaded(name) as module, round_inputs(module, roundings):
+        with self._loaded(name) as module, round_inputs(module, self.roundings(in_file)):
             yield module
+
+    def roundings(self, in_file: str) -> dict[str, tuple[ActivationScheme, Tensor | None]]:
+        """How the inputs of linears of a module are rounded, on the device; `in_file` is what files call it."""
+        found = self.source.roundings(in_file).items()
+        return {name: (scheme, None if scale is None else scale.to(self.device)) for name, (scheme, scale) in found}
+
+    def kv_cache(self, index: int) -> KVCache | None:
+        """What rounds the keys and values of block `index`, where the checkpoint says that they are."""
+        kv = self.source.kv_scales(self.block_name(index))
+        return kv and KVCache(kv[0], kv[1].to(self.device), kv[2].to(self.device))
 
     @contextmanager
     def _loaded(self, name: str, rows: Tensor | None = None) -> Iterator[nn.Module]:
         """A module with its weights, or with these rows of its one weight; afterwards without them again."""
         module = self.model.get_submodule(name)
         expected = dict(module.named_parameters())
-        sources = {n: self._source_name(f"{name}.{n}") for n in expected}
+        sources = {n: self.source_name(f"{name}.{n}") for n in expected}
         for n, parameter in expected.items():
-            shape, wanted = self.source.shapes[sources[n]], tuple(parameter.shape)
-            if shape != wanted:
-                raise QtoolError(f"`{sources[n]}` has shape {shape}, but config.json asks for {wanted}")
+            self.check_shape(sources[n], parameter)
         if rows is None:
             values = self.source.read(dict.fromkeys(sources.values()))
         else:
             values = {source: self.source.read_rows(source, rows) for source in sources.values()}
         for n in expected:
-            _put(module, n, values[sources[n]].to(self.device))
+            put(module, n, nn.Parameter(values[sources[n]].to(self.device), requires_grad=False))
         del values  # whoever replaces a weight of the module frees it
         try:
             yield module
         finally:
             for n, parameter in expected.items():
-                _put(module, n, parameter)
+                put(module, n, parameter)
 
-    def _source_name(self, name: str) -> str:
+    def check_shape(self, source: str, parameter: Tensor) -> None:
+        """Raises QtoolError where the checkpoint's tensor of that name has another shape."""
+        shape, wanted = self.source.shapes[source], tuple(parameter.shape)
+        if shape != wanted:
+            raise QtoolError(f"`{source}` has shape {shape}, but config.json asks for {wanted}")
+
+    def source_name(self, name: str) -> str:
         """The checkpoint's name of a parameter; with tied embeddings either of the two may be in the file."""
         names = self.architecture.spellings(name)
         tied = {f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"}
@@ -251,10 +278,40 @@ class BlockModel:
                 self.model._init_weights(module)
 
 
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Make `value` the parameter of that dotted name."""
+def put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make it the parameter of that dotted name."""
     path, _, last = name.rpartition(".")
-    module.get_submodule(path)._parameters[last] = nn.Parameter(value, requires_grad=False)
+    module.get_submodule(path)._parameters[last] = parameter
+
+
+def with_cache(
+    cache: KVCache | None, architecture: Architecture, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block after its hidden states, with the cache in its place."""
+    place = architecture.cache_argument
+    if cache is None:
+        return args, kwargs
+    if isinstance(place, int):
+        return (*args[:place], cache, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: cache}
+
+
+def document_arguments(
+    architecture: Architecture, positions_BT: Tensor | None, device: torch.device
+) -> dict[str, Tensor]:
+    """What a decoder is given besides embeddings so that no token sees another document.
+
+    transformers 5.17 makes such masks by itself where positions begin again, but for those models that it gives a
+    mask of ones before it looks.
+    """
+    if positions_BT is None:
+        return {}
+    positions_BT = positions_BT.to(device)
+    if not architecture.document_mask:
+        return {"position_ids": positions_BT}
+    document_BT = (positions_BT == 0).cumsum(1)
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    return {"position_ids": positions_BT, "attention_mask": same_BTT.tril()[:, None]}
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:

@@ -55,6 +55,19 @@ def static_scale(absmax: Tensor, scheme: ActivationScheme) -> Tensor:
     return _not_zero(absmax / _half_range(scheme))
 
 
+def reach(scheme: ActivationScheme, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The smallest and the largest value [1] under a fixed scale; None where the scale follows the values."""
+    if scale is None:
+        return None
+    if scheme.kind == "nvfp4":
+        largest = E4M3_MAX * E2M1_MAX / scale
+        return -largest, largest
+    if scheme.kind == "int":
+        half = 2 ** (scheme.bits - 1)
+        return -half * scale, (half - 1) * scale
+    return -E4M3_MAX * scale, E4M3_MAX * scale
+
+
 def _tokens(x_NI: Tensor, scheme: ActivationScheme, scale: Tensor | None) -> Tensor:
     """Rounding in which no token depends on another."""
     if scheme.group_size:

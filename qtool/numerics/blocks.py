@@ -15,6 +15,7 @@ Shapes: O out features, I in features, G groups, B blocks of 256, C columns give
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class ReferenceParams(GridParams):
 @dataclass(frozen=True)
 class BlockGrid(Grid):
     """The grid of a block type. `scale_dtype` has no effect: block types say how their scales are stored."""
+
+    has_minimum: ClassVar[bool] = True
 
     def fit(
         self, weight_OI: Tensor, importance_I: Tensor | None = None, search: bool = True, coarse: bool = False
@@ -113,6 +116,20 @@ class BlockGrid(Grid):
         if zero is None or super_zero is None:
             return GridParams(scale)
         return GridParams(scale, super_zero.float().repeat_interleave(groups, 1).mul_(zero))
+
+    def stored(self, effective: GridParams, like: GridParams) -> GridParams:
+        """The nearest that can be stored under the d and dmin of `like`: the inverse of `effective`."""
+        scale_OG, minimum_OG, _, _ = effective
+        if self.scheme.kind == "mxfp4":
+            return super().stored(effective, like)
+        if like.super_scale is None:
+            return GridParams(_half(scale_OG), super_zero=None if minimum_OG is None else -_half(minimum_OG))
+        integers = INTEGERS[self.scheme.kind]
+        scale = _integers(scale_OG, like.super_scale, integers.lowest, integers.highest).to(like.scale.dtype)
+        if minimum_OG is None or like.zero is None or like.super_zero is None:
+            return like._replace(scale=scale)
+        zero = _integers(minimum_OG, like.super_zero, 0, integers.minimum).to(torch.uint8)
+        return like._replace(scale=scale, zero=zero)
 
     def _relative(self, importance_I: Tensor) -> Tensor:
         """Importance over its mean in each block."""
@@ -190,6 +207,12 @@ class FloatGrid(Grid):
     def dtype(self) -> torch.dtype:
         found: torch.dtype = getattr(torch, TORCH_NAMES[self.scheme.kind.upper()])
         return found
+
+
+def _integers(values_OG: Tensor, step_OB: Tensor, lowest: int, highest: int) -> Tensor:
+    """The nearest multiples of the steps of the blocks."""
+    step_OG = step_OB.float().repeat_interleave(values_OG.shape[1] // step_OB.shape[1], 1)
+    return (values_OG / torch.where(step_OG == 0, torch.inf, step_OG)).round_().clamp_(lowest, highest)
 
 
 def _half(values: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ class Codec(Protocol):
         ...
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        ...
+
+    @property
     def signed(self) -> bool:
         """Whether a scale may be negative, so that either end of a group gets the extra level."""
         ...
@@ -85,6 +90,10 @@ class IntCodec:
     @property
     def unclipped(self) -> float:
         return self._half - 1.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return -self.largest, self.unclipped
 
     @property
     def signed(self) -> bool:
@@ -125,6 +134,10 @@ class FP8:
 
     unclipped = largest
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return -self.largest, self.largest
+
     def round(self, values: Tensor) -> Tensor:
         return round_fp8(values, self.dtype)
 
@@ -139,6 +152,7 @@ class E2M1:
     """fp4. With a shrink of 1.5 the largest weight of a group lies on 4 instead of 6 (four over six, 2512.02010)."""
 
     largest = unclipped = 6.0
+    ends = -6.0, 6.0
     signed = False
     shrinks = tuple(1.5 * 0.5 ** (i / 10) for i in range(12))
 
@@ -167,6 +181,10 @@ class UnsignedCodec:
     @property
     def unclipped(self) -> float:
         return self.largest
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, self.largest
 
     @property
     def shrinks(self) -> tuple[float, ...]:
@@ -205,6 +223,10 @@ class Table:
     @property
     def unclipped(self) -> float:
         return min(max(self.table), -min(self.table))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return min(self.table), max(self.table)
 
     @property
     def signed(self) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,17 @@ class QTensor:
             weight_OI[self.outliers.rows, self.outliers.columns.long()] = self.outliers.values.float()
         return weight_OI
 
+    def to(self, device: torch.device) -> QTensor:
+        """The same on a device."""
+
+        def moved(parts: Any) -> Any:
+            return None if parts is None else type(parts)(*(x if x is None else x.to(device) for x in parts))
+
+        one = [x if x is None else x.to(device) for x in (self.codes, self.input_scale, self.group_of)]
+        codes, input_scale, group_of = one
+        assert codes is not None
+        return QTensor(codes, moved(self.params), self.scheme, moved(self.outliers), input_scale, group_of)
+
     def split(self, rows: list[int]) -> list[QTensor]:
         """The weights that were stacked along their rows, of which there are `rows` each; see `stackable`."""
         assert stackable(self.scheme)
@@ -121,6 +133,8 @@ class Grid:
 
     scheme: QuantScheme
     scale_dtype: torch.dtype
+
+    has_minimum: ClassVar[bool] = False  # what `effective` calls zero is subtracted after the scale was multiplied
 
     def fit(
         self, weight_OI: Tensor, importance_I: Tensor | None = None, search: bool = True, coarse: bool = False
@@ -229,8 +243,8 @@ class Grid:
             return [FloatStore(torch.float32)]
         return [FloatStore(self.scale_dtype)]
 
-    def _effective(self, params: GridParams, rows: int) -> Tensor:
-        """The scales that codes are multiplied by, float32 [O or 1, G]."""
+    def effective(self, params: GridParams) -> GridParams:
+        """What `params` mean: w = scale * (level - zero) for the kinds here; scale and zero in float32, as they lie."""
         scale = params.scale
         if params.super_zero is not None:
             assert params.super_scale is not None
@@ -239,9 +253,45 @@ class Grid:
             scale = scale.float() / params.super_scale
         elif scale.dtype == torch.uint8:
             scale = decode_e8m0(scale)
-        if len(scale) not in (1, rows):  # blocks
-            scale = scale.repeat_interleave(BLOCK, 0)[:rows]
-        return scale.float()
+        return GridParams(scale.float(), params.zero)
+
+    def stored(self, effective: GridParams, like: GridParams) -> GridParams:
+        """The nearest that can be stored, under the second level of `like`: the inverse of `effective`."""
+        scale, zero, _, _ = effective
+        if not self.scheme.symmetric:
+            assert zero is not None
+            zero = zero.round().clamp_(0, 2**self.scheme.bits - 1)
+            return GridParams(FloatStore(self.scale_dtype).pack(scale), zero)
+        if like.super_scale is not None and like.super_zero is not None:
+            return like._replace(scale=nest(scale, (like.super_scale, like.super_zero))[0])
+        store = E4M3Store(like.super_scale) if like.super_scale is not None else self._stores(scale)[0]
+        return like._replace(scale=store.pack(store.stored(scale)))
+
+    def _effective(self, params: GridParams, rows: int) -> Tensor:
+        """The scales that codes are multiplied by, float32 [O or 1, G]."""
+        scale = self.effective(params).scale
+        return scale if len(scale) in (1, rows) else scale.repeat_interleave(BLOCK, 0)[:rows]  # of blocks
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest level."""
+        return codec_of(self.scheme).ends if self.scheme.symmetric else (0.0, 2.0**self.scheme.bits - 1)
+
+    def gaps(self, levels: Tensor) -> Tensor:
+        """How far the nearest neighbours of levels are; those of integers are 1."""
+        if not self.scheme.symmetric:
+            return torch.ones_like(levels)
+        known = _levels(self.scheme, levels.device)
+        steps = known.diff()
+        gaps = torch.cat([steps[:1], torch.minimum(steps[1:], steps[:-1]), steps[-1:]])
+        return gaps[torch.bucketize(levels, (known[1:] + known[:-1]) / 2)]
+
+
+@cache
+def _levels(scheme: QuantScheme, device: torch.device) -> Tensor:
+    """All levels of a number type, rising."""
+    values = codec_of(scheme).decode(torch.arange(2**scheme.bits, dtype=torch.uint8, device=device))
+    return values[values.isfinite()].unique()
 
 
 def float_tensor(values_OI: Tensor) -> QTensor:

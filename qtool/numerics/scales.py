@@ -107,12 +107,15 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Absolute maxima of nf4 -> codes in `dynamic_map` uint8, scales [ceil(n / 256)], offset [1] (QLoRA, sec. 3)."""
+def nest(absmax: Tensor, under: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Absolute maxima of nf4 -> codes in `dynamic_map` uint8, scales [ceil(n / 256)], offset [1] (QLoRA, sec. 3).
+
+    Scales and offset are chosen, or those given.
+    """
     flat = absmax.reshape(-1).float()
-    offset = flat.mean().reshape(1)
+    offset = under[1] if under else flat.mean().reshape(1)
     blocks = torch.nn.functional.pad(flat - offset, (0, -len(flat) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    scale = blocks.abs().amax(1)
+    scale = under[0] if under else blocks.abs().amax(1)
     table = dynamic_map().to(flat.device)
     relative = (blocks / torch.where(scale == 0, 1.0, scale)[:, None]).contiguous()
     codes = torch.bucketize(relative, (table[1:] + table[:-1]) / 2).to(torch.uint8)

@@ -62,6 +62,8 @@ class Report:
     bytes_before: int
     bytes_after: int
     bits_per_weight: float
+    finish: list[str] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)  # the curve of each, by finish and unit
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] | None = None
     stages_s: dict[str, float] = field(default_factory=dict)

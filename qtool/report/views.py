@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
+from qtool.finishing import BLOCK
 from qtool.headers import kind_of
 from qtool.recipe import NO_METHOD
 from qtool.report.model import LayerRecord, Report
@@ -19,7 +20,7 @@ def report_view(report: Report) -> View:
     """The verdict of a `quantize` run: layers by kind, what was left alone, what it cost."""
     view: View = [_layers(report.layers), _left_alone(report)]
     view.append(_verdict(report))
-    view += [_gate_line(gate) for gate in report.gates]
+    view += [gate_line(gate) for gate in report.gates]
     return view
 
 
@@ -29,7 +30,7 @@ def plan_view(plan: Tree) -> View:
     left = [(x["reason"], str(x["tensors"]), size(x["size_bytes"])) for x in plan["left_alone"]]
     facts = [
         ("model", f"{plan['model']} ({plan['architecture']})"),
-        ("method", " + ".join([*plan["transforms"], plan["method"]])),
+        ("method", " + ".join([*plan["transforms"], plan["method"], *plan["finish"]])),
         ("format", f"{plan['format']}: {plan['readers']}"),
         *([("KV cache", f"{plan['kv']}, with calibrated scales")] if plan["kv"] else []),
         *([("calibration", plan["data"])] if plan["data"] else []),
@@ -68,7 +69,7 @@ def evaluation_view(tree: Tree) -> View:
         worst = [(f"{w['kl']:.3f}", f"{w['row']}:{w['position']}", _quoted(w["context"]), _quoted(w["token"]))
                  for w in comparison["worst"]]  # fmt: skip
         view.append(Table((">KL", ">row:token", "after", "token"), worst, title="where the distribution changed most"))
-    return view + [_gate_line(gate) for gate in tree.get("gates", [])]
+    return view + [gate_line(gate) for gate in tree.get("gates", [])]
 
 
 def fields_view(tree: Tree) -> View:
@@ -122,7 +123,8 @@ def _layers(layers: list[LayerRecord]) -> Table:
 def _recipe(report: Report) -> str:
     if report.method == NO_METHOD:
         return "none: nothing was rounded, the weights are laid out anew"
-    return " + ".join([*report.transforms, report.method]) + f" {report.scheme}"
+    finish = f", finished by {', '.join(report.finish)}" if report.finish else ""
+    return " + ".join([*report.transforms, report.method]) + f" {report.scheme}{finish}"
 
 
 def _percent(share: float) -> str:
@@ -132,7 +134,7 @@ def _percent(share: float) -> str:
 def _left_alone(report: Report) -> Table:
     reasons: dict[str, list[int]] = defaultdict(list)
     for kept in report.kept:
-        reasons[kept.reason + (", changed by a transform" if kept.changed else "")].append(kept.size_bytes)
+        reasons[kept.reason + (", changed" if kept.changed else "")].append(kept.size_bytes)
     rows = [(reason, str(len(sizes)), size(sum(sizes))) for reason, sizes in reasons.items()]
     return Table(("left alone", ">tensors", ">size"), rows)
 
@@ -144,6 +146,7 @@ def _verdict(report: Report) -> Table:
         ("model", f"{report.model} ({report.architecture})"),
         ("recipe", _recipe(report)),
         *[("transforms", line) for line in _transforms(report)],
+        *[("training", line) for line in _training(report)],
         *([("KV cache", f"{report.kv}, calibrated scales")] if report.kv else []),
         ("output", report.output),
         ("loads in", report.readers),
@@ -178,6 +181,28 @@ def _transforms(report: Report) -> list[str]:
     return lines
 
 
+def _training(report: Report) -> list[str]:
+    """For each finish what became of its held-out loss: of blocks the mean over them."""
+    lines = []
+    for name in report.finish:
+        curves = [tree for tree in report.training if tree["finish"] == name]
+        ends = [
+            (tree["held_out"][0][1], dict(tree["held_out"])[tree["best_step"]]) for tree in curves if tree["held_out"]
+        ]
+        what = f"{len(curves)} blocks, their held-out error" if name == BLOCK else "held-out loss"
+        change = (
+            f"{what} {mean(a for a, _ in ends):.4g} -> {mean(b for _, b in ends):.4g}" if ends else "nothing held out"
+        )
+        steps, took = sum(tree["steps"] for tree in curves), seconds(sum(tree["wall_s"] for tree in curves))
+        worst = max(
+            (tree["alignment"]["max_difference"] / (tree["alignment"]["rms"] or 1) for tree in curves), default=0.0
+        )
+        lines.append(
+            f"{name}: {change}, {steps} steps in {took}; the files differ from what was trained by {worst:.1g}"
+        )
+    return lines
+
+
 def _comparison(comparison: Tree) -> list[tuple[str, str]]:
     delta, relative, kl, spread = (
         comparison["delta"], comparison["relative_increase"], comparison["kl"], comparison["kl_percentiles"],
@@ -204,7 +229,7 @@ def _quoted(text: str) -> str:
     return repr(text[-48:])
 
 
-def _gate_line(gate: Tree) -> str:
+def gate_line(gate: Tree) -> str:
     verdict = "passed" if gate["passed"] else "MISSED"
     return (
         f"gate {gate['gate']} {gate['asked']}: {verdict}, measured {gate['measured']:.5g} (limit {gate['limit']:.5g})"

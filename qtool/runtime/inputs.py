@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from qtool.numerics.activations import fake_quantize
+from qtool.numerics.fake_quant import fake_quantize_inputs
 from qtool.scheme import ActivationScheme
 
 
@@ -19,7 +20,12 @@ def round_inputs(block: nn.Module, roundings: Mapping[str, tuple[ActivationSchem
     the other, as q, k and v do, is rounded once.
     """
     before: tuple[object, ...] = ()
-    latest: tuple[Tensor, Tensor] | None = None  # as it came and rounded
+    latest: tuple[weakref.ref[Tensor], Tensor] | None = None  # as it came, and rounded: kept for as long as that lives
+
+    def forget(came: weakref.ref[Tensor]) -> None:
+        nonlocal latest
+        if latest is not None and latest[0] is came:
+            latest = None
 
     def rounding(scheme: ActivationScheme, scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], object]:
         how = scheme, None if scale is None else scale.item()
@@ -28,9 +34,11 @@ def round_inputs(block: nn.Module, roundings: Mapping[str, tuple[ActivationSchem
             nonlocal before, latest
             x = args[0]
             now = (*how, x._version)  # which counts the changes in place
-            if latest is None or latest[0] is not x or before != now:
-                before, latest = now, (x, fake_quantize(x, scheme, scale))
-            return (latest[1], *args[1:])
+            rounded = latest[1] if latest is not None and latest[0]() is x and before == now else None
+            if rounded is None:
+                rounded = fake_quantize_inputs(x, scheme, scale)
+                before, latest = now, (weakref.ref(x, forget), rounded)
+            return (rounded, *args[1:])
 
         return hook
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qtool.numerics.activations import fake_quantize
+from qtool.numerics.fake_quant import fake_quantize_inputs
 from qtool.scheme import ActivationScheme
 
 
@@ -46,9 +46,9 @@ class KVCache:
             k_before, v_before = self._seen or found
             self._seen = torch.maximum(k_before, found[0]), torch.maximum(v_before, found[1])
             return key_BHTD, value_BHTD
-        keys = fake_quantize(key_BHTD.float(), self.scheme, self.k_scale)
-        values = fake_quantize(value_BHTD.float(), self.scheme, self.v_scale)
-        return keys.to(key_BHTD.dtype), values.to(value_BHTD.dtype)
+        keys = fake_quantize_inputs(key_BHTD, self.scheme, self.k_scale)
+        values = fake_quantize_inputs(value_BHTD, self.scheme, self.v_scale)
+        return keys, values
 
 
 class GrowingCache:

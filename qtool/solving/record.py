@@ -32,6 +32,7 @@ class UnitRecord:
         self.layers: list[LayerRecord] = []
         self.tensors: dict[str, str] = {}  # sha256 of the bytes of each tensor written
         self.solved: dict[str, str] = {}  # digest of what was solved for each module
+        self.training: dict[str, Any] | None = None  # how the unit's training went
 
     def write(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = self.solver.staged.write(name, tensor)
@@ -90,6 +91,7 @@ class UnitRecord:
             "tensors": self.tensors,
             "solved": self.solved,
             "changed": changed,
+            "training": self.training,
             "data": self.solver.data_record(),
             "notes": self.solver.notes,
         }

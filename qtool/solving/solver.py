@@ -64,7 +64,7 @@ class Solver:
     def run(self, batch_tokens: int) -> None:
         """Every unit that is not done."""
         undone = [unit for unit in self.job.plan.units if unit.name not in self.staged.done]
-        wanted = {unit.name for unit in undone if self._is_measured(unit)} if self.job.needs_data else set()
+        wanted = {unit.name for unit in undone if self._is_measured(unit)} if self.job.runs_blocks else set()
         if wanted:
             self._run_blocks(wanted, batch_tokens)
         if self.job.stats and undone:
@@ -142,7 +142,9 @@ class Solver:
             spec = job.recipe.data
             self.rows = rows_of(spec, root, tokenizer, model.context, self.device, self.progress)
             self._check_amount(self.rows.tokens, len(self.rows.rows[0]))
-            rows = Rows(model, self.rows, batch_tokens, cross=CROSS in job.wanted)
+            if job.block:  # what goes through a block together decides what it learns at a step
+                batch_tokens = job.block.rows_at_once() * max(len(row) for row in self.rows.rows)
+            rows = Rows(model, self.rows, batch_tokens, cross=CROSS in job.wanted or job.block is not None)
         units = {unit.name: unit for unit in job.plan.units}
         names = [model.block_name(index) for index in range(len(model.blocks))]
         beyond = sorted(wanted - set(names))
@@ -167,7 +169,7 @@ class Solver:
                     work.solve(group)
             work.finish()
         elif self.job.follows_rounding:
-            if CROSS in self.job.wanted:
+            if rows.cross:
                 rows.split(block)
             if unit.name in self.staged.done:  # else nothing of it is quantized
                 work.put_back()

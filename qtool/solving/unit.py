@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qtool.calibration.rows import Rows
 from qtool.calibration.stats import CROSS, SECOND, VECTORS, Moments
+from qtool.finishing import BLOCK
 from qtool.formats.weights import check_finite
 from qtool.job import KV_PARTS
 from qtool.methods import Method
@@ -23,6 +24,7 @@ from qtool.numerics.scales import FloatStore
 from qtool.parameters import TORCH_DTYPES, Parameters
 from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
+from qtool.runtime.inputs import round_inputs
 from qtool.runtime.kv import KVCache
 from qtool.scheme import ActivationScheme, QuantScheme
 from qtool.solving.compare import Errors, compare, squares
@@ -33,6 +35,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qtool.solving.solver import Solver
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A linear that waits for its block to be trained: what it was, what it is now, and what to say of it."""
+
+    linear: Linear
+    weight_OI: Tensor
+    quantized: QTensor
+    record: LayerRecord
 
 
 class UnitWork:
@@ -50,6 +62,7 @@ class UnitWork:
         self.scaled: dict[str, list[str]] = {}  # what the transforms did, likewise
         self.rounded: dict[str, tuple[ActivationScheme, Tensor | None]] = {}
         self.cache: KVCache | None = None
+        self.waiting: dict[str, Solved] = {}  # by name in the block
 
     def measure(self, block: nn.Module, rows: Rows, advance: bool = False) -> None:
         """The statistics of all inputs, and the ranges of keys and values, with the block as it is."""
@@ -65,10 +78,10 @@ class UnitWork:
                 self.set_kv(*ranges.absmax())
 
     def follow(self, block: nn.Module, rows: Rows) -> None:
-        """Measure and solve while the block sees the rounding of everything before it."""
+        """Measure and solve, and train, while the block sees the rounding of everything before it."""
         cross = CROSS in self.job.wanted
         first_look = self.job.wanted - {SECOND, CROSS} or self.solver.scalings
-        if cross:  # before the transforms: a resumed run has the block as it is in the source
+        if rows.cross:  # before the transforms: a resumed run has the block as it is in the source
             rows.split(block)
         if first_look or not cross:
             self.measure(block, rows)
@@ -90,6 +103,34 @@ class UnitWork:
         else:
             for group in self.groups:
                 self.solve(group)
+        if self.waiting:
+            self.train(block, rows)
+
+    def train(self, block: nn.Module, rows: Rows) -> None:
+        """Train what was solved towards the float block's output, and write it."""
+        from qtool.finishing.blockwise import Serving, alignment, train_block
+
+        assert self.job.block
+        weights = {name: (x.quantized, self._grid(x.linear), x.weight_OI) for name, x in self.waiting.items()}
+        with self.solver.watch.stage("train"):
+            served = Serving(self.rounded, self.cache)
+            name, progress = self.unit.name, self.solver.progress
+            trained, curve, sample_BTE = train_block(block, rows, weights, served, self.job.block, name, progress)
+        for name, solved in self.waiting.items():
+            linear = solved.linear
+            quantized = self.job.format.held(trained[name], linear.source.dtype)
+            with self.solver.watch.stage("measure"):
+                new = quantized.dequantize()
+                errors = compare(solved.weight_OI, new, None)
+                self.parameters.weight(linear.module).copy_(new)
+            self.record.pack(linear, quantized)
+            self.record.layers.append(replace(solved.record, weight_error=errors.weight, output_error=None))
+        self.waiting = {}
+        with round_inputs(block, self.rounded):
+            aligned = alignment(
+                sample_BTE, rows.model.run(block, rows.index, rows.stream, 0, self.cache), self.unit.name
+            )
+        self.record.training = {"finish": BLOCK, "unit": self.unit.name, **curve.to_tree(), "alignment": aligned}
 
     def transform(self) -> None:
         """Let every transform scale every input that it can."""
@@ -206,10 +247,16 @@ class UnitWork:
                 errors = compare(weight, new, moments.second_II if moments else None)
                 if moments:
                     self._shift_bias(linear.module, weight, new, moments)
+                was = weight.clone() if self.job.block else weight
                 weight.copy_(new)
             notes = [*notes, *solution.notes]
             record = layer_record(linear, errors, wall_s * linear.shape[0], notes, transforms)
-            self.record.pack(linear, replace(solved, input_scale=input_scale))
+            quantized = replace(solved, input_scale=input_scale)
+            if self.job.block and self.inputs:
+                name = linear.module.removeprefix(self.unit.name + ".")
+                self.waiting[name] = Solved(linear, was, quantized, record)
+                continue
+            self.record.pack(linear, quantized)
             self.record.layers.append(record)
             if not self.job.wanted:
                 self.parameters.drop(linear.module)

@@ -7,7 +7,7 @@ llama.cpp has not take off. Needs llama-cpp-python; the peers are its ggml_quant
 
     python tests/benchmarks/llamacpp.py [MODEL] [--quick] [--only error,mixes] [--mixes q4_k_m,q3_k_s] [--work FOLDER]
 
-A name with `+` at its end is a pure type: every matrix of a block has it, the output Q6_K. `--work` keeps files and
+A method with finishes is named `gptq:block`. A name with `+` at its end is a pure type: every matrix of a block has it, the output Q6_K. `--work` keeps files and
 figures, and what is there already is not made again.
 """
 
@@ -231,7 +231,9 @@ def mixes_table(bench: Bench, mixes: list[str], methods: list[str]) -> None:
         print(line(mix, "llama.cpp", theirs, None, made["wall_s"], path, 1.0), flush=True)
         for method in methods:
             data = ["--stats", str(bench.imatrix)] if method == "rtn" else bench.data
-            ours, report = bench.made(method, mix, ["--method", method, *data])
+            name, *finishes = method.split(":")
+            flags = [flag for finish in finishes for flag in ("--finish", finish)]
+            ours, report = bench.made(method, mix, ["--method", name, *flags, *data])
             if types_of(ours) != types_of(path):
                 differing = {n: (k, types_of(path)[n]) for n, k in types_of(ours).items() if types_of(path)[n] != k}
                 print(f"{mix}: not the same types: {json.dumps(differing)[:200]}", file=sys.stderr)

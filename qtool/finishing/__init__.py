@@ -1,0 +1,75 @@
+"""The table of finishes: how what a method has rounded is trained afterwards, through the very grid that is packed.
+
+A finish is a frozen dataclass whose fields are its recipe options. Its module imports torch only inside functions.
+"block" trains the linears of a block while it is at hand; the others train all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qtool.errors import unknown
+from qtool.recipe import options_of
+from qtool.training.objective import Objective
+from qtool.training.options import Training
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qtool.finishing.linear import QuantizedLinear
+    from qtool.numerics.grid import Grid, QTensor
+
+FINISHES = {
+    "block": "qtool.finishing.block:Block",
+    "scales": "qtool.finishing.scales:Scales",
+    "full": "qtool.finishing.full:Full",
+    "lora": "qtool.finishing.lora:LoRA",
+}
+ADAPTER = "adapter"  # the folder in OUT of what `lora` keeps beside the weights
+HELD_OUT_SHARE = 16  # one row in so many
+BLOCK = "block"  # which comes first: its float block and the rows are there only while the block is rounded
+
+
+@dataclass(frozen=True)
+class EndToEnd(Objective, Training):
+    """A finish that trains all linears together, by default towards the float model's distribution of every token."""
+
+    norms: bool = True  # the weights of norms are trained as well
+
+    def __post_init__(self) -> None:
+        Objective.__post_init__(self)
+        Training.__post_init__(self)
+
+    wants_float: ClassVar[bool] = False  # whether `linear` looks at the weight before it was rounded
+
+    @property
+    def scales_rate(self) -> float:
+        """The learning rate of scales and norms, as a multiple of `lr`."""
+        return 1.0
+
+    def linear(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> QuantizedLinear:
+        """A linear with what this finish trains of it; `float_OI` is the weight before it was rounded."""
+        raise NotImplementedError
+
+
+def get_finish(name: str, options: Mapping[str, Any]) -> Training:
+    """The finish of that name with its options. Raises UsageError for unknown names, keys and types."""
+    if name not in FINISHES:
+        raise unknown("finish", name, FINISHES)
+    module, _, cls = FINISHES[name].partition(":")
+    finish: Training = options_of(getattr(import_module(module), cls), options, name)
+    return finish
+
+
+def held_out_of(count: int, wanted: int | None) -> tuple[list[int], list[int]]:
+    """Which of `count` rows are held out, evenly spaced, a sixteenth unless said, and which are trained on.
+
+    Of a single row none is held out.
+    """
+    wanted = max(1, count // HELD_OUT_SHARE) if wanted is None else wanted
+    wanted = min(wanted, count - 1)
+    held_out = [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+    return held_out, sorted(set(range(count)) - set(held_out))

@@ -1,0 +1,34 @@
+"""All weights and scales end to end, as they will be packed in every forward pass (QAT, arXiv 1712.05877)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from qtool.finishing import EndToEnd
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qtool.finishing.linear import QuantizedLinear
+    from qtool.numerics.grid import Grid, QTensor
+
+
+@dataclass(frozen=True)
+class Full(EndToEnd):
+    """Options of `full`. The learning rate is that of weights, in steps of their grid."""
+
+    epochs: int | None = 4
+    lr: float = 0.005
+    scale_lr: float = 0.002  # of scales and norms, as shares of themselves
+
+    wants_float: ClassVar[bool] = True
+
+    @property
+    def scales_rate(self) -> float:
+        return self.scale_lr / self.lr
+
+    def linear(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> QuantizedLinear:
+        from qtool.finishing.linear import LatentLinear
+
+        return LatentLinear(weight, grid, bias, float_OI)
