@@ -6,9 +6,11 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
+from qtool.finishing import BLOCK
 from qtool.models.architectures import config_value
 from qtool.plan import Linear, Plan
 from qtool.recipe import DataSpec
+from qtool.training.options import Training
 
 PROCESS_BYTES = 350e6  # Python with torch and transformers
 CORES = 2
@@ -22,6 +24,9 @@ WRITE_S = 10e-9  # per weight: reading, packing, hashing
 ROUNDING_BYTES = 16  # per weight that is rounded at once
 AT_ONCE = 1 << 24  # weights that are rounded at once where rows stand for themselves
 FLOP_PER_S = 1.5e11  # float32 matrix products
+FAKE_QUANT_NS = 25  # per weight and step on one core: rounding with gradients
+LATENT_BYTES, CODED_BYTES = 32, 6  # per weight in training: with AdamW's moments and gradients; of codes alone
+KEPT_OF_BLOCK = 30  # hidden states that a block keeps for its backward pass
 SCALES_S = 4e-6  # per weight on which a transform compares some forty scales, of which there are SAMPLE_ROWS rows
 SAMPLE_ROWS = 256
 
@@ -33,12 +38,43 @@ def estimate(
     config: Mapping[str, Any],
     scalings: int = 0,
     searched: bool = True,
+    finishes: Mapping[str, Training] | None = None,
 ) -> tuple[float, float]:
     """Bytes of memory and seconds of time of a run, rough but of the right order.
 
     It `needs` these moments, and has so many transforms that search for scales; weights that are laid out anew as
-    they are need no search.
+    they are need no search. `finishes` train what was rounded.
     """
+    memory_bytes, wall_s = _solving(plan, needs, data, config, scalings, searched)
+    for name, options in (finishes or {}).items():
+        more_bytes, more_s = _training(plan, name, options, data, config)
+        memory_bytes, wall_s = max(memory_bytes, PROCESS_BYTES + more_bytes), wall_s + more_s
+    return memory_bytes, wall_s
+
+
+def _training(
+    plan: Plan, name: str, options: Training, data: DataSpec, config: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Of one finish: what is trained of a weight, the rest of the model, and what a step keeps of its tokens."""
+    seqlen = data.seqlen or min(_size(config, "max_position_embeddings", 2048), 2048)
+    rows = data.rows or 128
+    sizes = [sum(prod(linear.shape) for linear in unit.linears) for unit in plan.units]
+    hidden, steps = _size(config, "hidden_size", 0), options.total_steps(rows)
+    at_once = -(-options.batch // options.accumulate) * seqlen * hidden * 4
+    weights = sum(sizes)
+    whole_s = steps * (8 * weights * options.batch * seqlen / FLOP_PER_S + weights * FAKE_QUANT_NS * 1e-9 / CORES)
+    if name == BLOCK:
+        streams = 3 * rows * seqlen * hidden * 4
+        return max(sizes, default=0) * LATENT_BYTES + streams + at_once * KEPT_OF_BLOCK, whole_s
+    others = 4 * sum(prod(kept.source.shape) for kept in plan.kept)
+    trained = weights * (LATENT_BYTES if name == "full" else CODED_BYTES) + others
+    kept_blocks = 1 if options.recompute else len(sizes)
+    return trained + at_once * (KEPT_OF_BLOCK * kept_blocks + len(sizes)), whole_s
+
+
+def _solving(
+    plan: Plan, needs: Collection[str], data: DataSpec, config: Mapping[str, Any], scalings: int, searched: bool
+) -> tuple[float, float]:
     search_ns = sum(prod(x.shape) * SEARCH_NS.get(x.scheme.kind, OTHERS_NS) for x in plan.linears) if searched else 0
     round_s = search_ns * 1e-9 / CORES + sum(prod(x.shape) for x in plan.linears) * WRITE_S
     if not needs:

@@ -205,8 +205,7 @@ class Merge:
 
 def _data_record(rows: TokenRows) -> dict[str, Any]:
     seqlen = max(map(len, rows.rows))
-    return {"source": rows.source, "rows": len(rows.rows), "tokens": rows.tokens, "seqlen": seqlen,
-            "sha256": rows.sha256}  # fmt: skip
+    return {**rows.record(), "seqlen": seqlen}
 
 
 def _largest(values: Iterable[Tensor]) -> Tensor:

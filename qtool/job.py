@@ -14,8 +14,9 @@ from qtool.checkpoint.writer import Container
 from qtool.containers import Mixed, container_for, mix_of, name_in, notes_of, with_kinds
 from qtool.errors import UsageError, shown
 from qtool.estimate import estimate
-from qtool.finishing import BLOCK, EndToEnd, get_finish
+from qtool.finishing import BLOCK, ROWS, EndToEnd, get_finish
 from qtool.finishing.block import Block
+from qtool.finishing.lora import LoRA
 from qtool.formats import FORMATS, Contents, Format, format_for, get_format, least_capable
 from qtool.formats.relaying import HINT, relaid_scheme
 from qtool.formats.weights import Source, Weights
@@ -142,6 +143,8 @@ def prepare(model: str, recipe: Recipe) -> Job:
     recipe = replace(recipe, finish=recipe.finish or method.finish)
     transforms = tuple(get_transform(name, recipe.options.get(name, {})) for name in recipe.transforms)
     finishes = _finishes(recipe)
+    if finishes and recipe.data.rows is None:
+        recipe = replace(recipe, data=replace(recipe.data, rows=ROWS))
     source: Source = weights
     mix = mix_of(recipe)
     schemes = [QuantScheme.parse(text) for text in (mix.base if mix else recipe.scheme, *recipe.layers.values())]
@@ -174,6 +177,11 @@ def prepare(model: str, recipe: Recipe) -> Job:
             assert architecture
             source = transform.wrap(source, architecture, checkpoint.config)
             changes.update(source.config_changes)
+    if finishes and format.name == "dense":
+        raise UsageError(
+            "dense keeps no codes that could be trained",
+            "write a packed format; `qtool quantize OUT -o DENSE --format dense` then lays that out as numbers",
+        )
     container = container_for(format, checkpoint, {**checkpoint.config, **changes}, mix)
     tensors, added = weights.dense, source.added
     if mix:  # which says also what embedding and head become, be it one that a transform has added
@@ -204,6 +212,8 @@ def prepare(model: str, recipe: Recipe) -> Job:
     notes = (*notes_of(container), *others)
     job = Job(model, checkpoint, source, recipe, method, transforms, format, container, plan, architecture, finishes,
               kv, stats, changes, notes)  # fmt: skip
+    if finishes and not any(x.scheme.kind not in FLOATS and known.is_block_linear(x.module) for x in plan.linears):
+        raise UsageError("no linear of a block is rounded: there is nothing to train", "leave --finish out")
     if stats and architecture:
         stats.check_inputs({x.module: x.shape[1] for x in plan.linears if architecture.is_block_linear(x.module)})
     job.quantization_config()
@@ -227,7 +237,12 @@ def _finishes(recipe: Recipe) -> tuple[Training, ...]:
         raise UsageError(f"`{BLOCK}` trains while blocks are rounded: it comes first", f"`--finish {BLOCK}` first")
     if recipe.finish and recipe.stats:
         raise UsageError("--finish trains on rows of text", "give data instead of --stats")
-    return tuple(get_finish(name, recipe.options.get(name, {})) for name in recipe.finish)
+    finishes = tuple(get_finish(name, recipe.options.get(name, {})) for name in recipe.finish)
+    if any(isinstance(finish, LoRA) and not finish.merge for finish in finishes[:-1]):
+        raise UsageError(
+            "what is trained after an adapter does not know it", "`--finish lora` last, or lora.merge=true"
+        )
+    return finishes
 
 
 def _relaying(model: str, weights: Weights, recipe: Recipe) -> Job:
@@ -307,7 +322,8 @@ def describe(job: Job) -> dict[str, Any]:
     scalings = sum(isinstance(transform, ScaleTransform) for transform in job.transforms)
     needs = job.wanted - {"squares"}  # which come from a file
     searched = job.method is not None
-    memory_bytes, wall_s = estimate(job.plan, needs, job.recipe.data, job.checkpoint.config, scalings, searched)
+    finishes, config = dict(zip(job.recipe.finish, job.finishes, strict=True)), job.checkpoint.config
+    memory_bytes, wall_s = estimate(job.plan, needs, job.recipe.data, config, scalings, searched, finishes)
     return {
         "model": job.model,
         "architecture": job.checkpoint.config.get("model_type", "unknown"),

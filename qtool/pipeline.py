@@ -17,7 +17,7 @@ from qtool.checkpoint.reader import FileIdentity, sha256_file
 from qtool.checkpoint.writer import MANIFEST, StagedOutput, partial_path, write_json
 from qtool.errors import QtoolError, ReadError, TrainingError, UsageError
 from qtool.evaluation.describe import evaluation_tree
-from qtool.finishing import ADAPTER
+from qtool.finishing import ADAPTER, EndToEnd
 from qtool.gguf.checkpoint import open_checkpoint
 from qtool.gguf.container import GGUFContainer
 from qtool.job import Job, readers
@@ -51,8 +51,9 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     Of several processes of torchrun the first does it, and has the report; the others share its end-to-end training.
     Raises UsageError when OUT holds something else and `force` is not set.
     """
-    several, is_first = processes() > 1, rank() == 0
-    if several and not job.end_to_end:
+    is_first = rank() == 0
+    progress = progress if is_first else _silent
+    if processes() > 1 and not job.end_to_end:
         raise UsageError(
             f"{processes()} processes, but nothing here that they could share: that is training end to end",
             "`--finish scales`, full or lora; or run without torchrun",
@@ -83,7 +84,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     world = World.of_environment(pick_device(options.device))
     device = world.device
     if not world.main:
-        finish(job, partial_path(out), None, world, None, _silent, watch)
+        finish(job, partial_path(out), None, world, None, progress, watch)
         world.close()
         return None, False
     staged = StagedOutput(out, job.plan.outputs, identity, options.force, job.container)
@@ -171,7 +172,8 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
         recipe.pop(name)
     names = [job.recipe.method, *job.recipe.transforms, *job.recipe.finish]
     for name, options in zip(names, [job.method, *job.transforms, *job.finishes], strict=True):
-        recipe[name] = asdict(options) if options else {}  # type: ignore[arg-type]
+        deciding = options.deciding() if isinstance(options, EndToEnd) else asdict(options) if options else {}  # type: ignore[arg-type]
+        recipe[name] = deciding
     recipe["format"] = job.format.name
     data = {}
     if job.stats:
@@ -215,6 +217,12 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
     planned = {x.source.name for x in job.plan.linears} | {k.source.name for k in job.plan.kept}
     added = [info for info in job.source.added if info.name not in planned]
     kept += [KeptRecord(info.name, info.dtype, info.size_bytes, ADDED, changed=True) for info in added]
+    training = [record["training"] for record in staged.done.values() if record["training"]]
+    notes_of_training = [
+        f"`{tree['finish']}` did not make the held-out loss of {tree['unit']} better: it stays as it was"
+        for tree in training
+        if tree["held_out"] and tree["best_step"] == 0
+    ]
     unasked = [k for k in job.plan.kept if not k.asked]
     notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
     on_disk = job.plan.bits_on_disk
@@ -229,7 +237,7 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         transforms=list(job.recipe.transforms),
         method=job.recipe.method,
         finish=list(job.recipe.finish),
-        training=[record["training"] for record in staged.done.values() if record["training"]],
+        training=training,
         kv=job.recipe.kv,
         format=job.format.name,
         readers=readers(job),
@@ -238,7 +246,11 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         bytes_before=job.checkpoint.size_bytes,
         bytes_after=job.plan.size_bytes,
         bits_per_weight=job.plan.bits_per_weight,
-        notes=[*dict.fromkeys(note for record in staged.done.values() for note in record["notes"]), *notes],
+        notes=[
+            *dict.fromkeys(n for record in staged.done.values() for n in record["notes"]),
+            *notes_of_training,
+            *notes,
+        ],
         data=next((record["data"] for record in staged.done.values() if record["data"]), None),
         device=device,
         resumed_units=resumed,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from qtool.finishing import ROWS
 from qtool.methods import get_method
 from qtool.mixes import MIXES, Mix
 from qtool.mixes import scheme_of as mix_scheme
@@ -86,7 +87,7 @@ class Target:
     def time(self) -> str:
         """About what it takes for a billion parameters."""
         quick = not self.needs_data and not self.mix  # the search for the scales of a mix's types takes minutes
-        return "seconds" if quick else "longer" if self.method == "gptaq" else "minutes"
+        return "seconds" if quick else {"gptaq": "longer", "qat": "hours"}.get(self.method, "minutes")
 
     @property
     def bits(self) -> str:
@@ -181,6 +182,8 @@ TARGETS = (
     Target("w4a16-gptq", "4-bit integers", "int4-g128-sym", "gptq", "the default at 4 bits", (*GPUS, "cpu"), GPUS),
     Target("w4a16-gptaq", "4-bit integers", "int4-g128-sym", "gptaq", "the closest model at 4 bits", (*GPUS, "cpu"),
            GPUS),
+    Target("w4a16-qat", "4-bit integers", "int4-g128-sym", "qat",
+           "w4a16-gptaq loses a little too much: the same, trained", (*GPUS, "cpu"), GPUS, rows=ROWS),
     Target("w4a16-asym-gptq", "4-bit integers", "int4-g128-asym", "gptq",
            "weights that do not lie evenly around zero", GPUS, GPUS),
     Target("w4a16-gptq-fp8-kv", "4-bit integers", "int4-g128-sym", "gptq",
@@ -207,15 +210,23 @@ TARGETS = (
     Target("nf4-dq", "4-bit integers", "nf4-dq", "rtn", "nf4 with scales of 8 bits", INT8, bitsandbytes=HARDWARE),
     Target("nvfp4", "4-bit floats", "nvfp4", "gptq", "4-bit products of Blackwell, for large batches",
            ("blackwell",), ("blackwell",)),
+    Target("nvfp4-qat", "4-bit floats", "nvfp4", "qat", "nvfp4 loses too much: the same, trained", ("blackwell",),
+           ("blackwell",), rows=ROWS),
     Target("nvfp4a16", "4-bit floats", "nvfp4a16", "gptq", "nvfp4 for the weights alone", GPUS),
     Target("mxfp4", "4-bit floats", "mxfp4", "gptq", "the 4-bit floats of the OCP standard; newer vLLM",
            ("blackwell",)),
     Target("mxfp4a16", "4-bit floats", "mxfp4a16", "gptq", "mxfp4 for the weights alone; newer vLLM", GPUS),
     Target("gguf-q3_k_m", "3 bits", "q3_k_m", "gptq", "4 bits do not fit in llama.cpp", llama_cpp=EVERYWHERE),
     Target("w3a16-gptaq", "3 bits", "int3-g128-sym", "gptaq", "4 bits do not fit; newer vLLM", GPUS),
+    Target("w3a16-qat", "3 bits", "int3-g128-sym", "qat",
+           "w3a16-gptaq loses too much: the same, trained; newer vLLM", GPUS, rows=ROWS),
     Target("w3a16-outliers", "3 bits", "int3-g64-sym+outliers-0.5%", "gptq",
            "0.5 % of the weights in 16 bits; qtool alone reads it"),
     Target("gguf-q2_k", "2 bits", "q2_k", "gptq", "3 bits do not fit in llama.cpp: a visibly worse model",
            llama_cpp=EVERYWHERE, rows=256),
+    Target("gguf-q2_k-qat", "2 bits", "q2_k", "qat", "gguf-q2_k loses too much: the same, trained",
+           llama_cpp=EVERYWHERE, rows=ROWS),
     Target("w2a16-gptaq", "2 bits", "int2-g64-sym", "gptaq", "research; newer vLLM", GPUS, rows=256),
+    Target("w2a16-qat", "2 bits", "int2-g64-sym", "qat",
+           "w2a16-gptaq loses too much: the same, trained; newer vLLM", GPUS, rows=ROWS),
 )  # fmt: skip

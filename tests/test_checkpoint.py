@@ -482,7 +482,7 @@ def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
     other = {**IDENTITY, "recipe": {"scheme": "int3"}}
     with pytest.raises(QtoolError) as caught:
         StagedOutput(out, infos(), other, False)
-    assert "holds an interrupted run of another recipe or source (1 units done)" in caught.value.message
+    assert "holds an interrupted run of another recipe or source (1 unit done)" in caught.value.message
     assert "--force" in (caught.value.hint or "")
     assert contents(partial_path(out)) == before, "it is left as it was"
     assert StagedOutput(out, infos(), other, True).done == {}

@@ -92,3 +92,50 @@ def test_the_example_makefile_makes_once_and_the_ci_job_tells_a_worse_model(make
     assert done.returncode == 3, done.stderr
     assert "worse than the gates allow" in done.stdout
     assert json.loads((tmp_path / "quantize-report.json").read_text())["gates"][-1]["passed"] is False
+
+
+@pytest.mark.slow
+def test_the_examples_of_training_quantize_distill_and_gate(make_model, calibration_text, tmp_path):
+    """The Makefile makes each part once, and its gate again and again; the CI job trains where a gate was missed."""
+    model = make_model()
+    data = f"data: {{source: {calibration_text}, rows: 16, seqlen: 32}}"
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(calibration_text.read_text()[:2000])
+    quantize, distill = tmp_path / "quantize.yaml", tmp_path / "distill.yaml"
+    quantize.write_text(f"scheme: int2-g32-sym\nmethod: gptq\n{data}\n")
+    distill.write_text(f"scheme: int2-g32-sym\nmethod: gptq\ntraining: {{epochs: 1}}\n{data}\n")
+    command = ["make", "-f", str(ROOT / "examples" / "distill.mk"), f"MODEL={model}", f"OUT={tmp_path}/out"]
+    command += [f"QUANTIZE={quantize}", f"DISTILL={distill}", f"TEXT={calibration_text}"]
+    command += [f"HELD_OUT={held_out}", f"QTOOL={sys.executable} -m qtool"]
+    missed = subprocess.run([*command, "GATES=--max-kl 1e-9"], cwd=ROOT, capture_output=True, text=True)
+    assert "Error 3" in missed.stderr
+    assert "finished by scales" in missed.stdout
+    made = tmp_path / "out" / "trained" / "manifest.json"
+    before = made.stat().st_mtime_ns
+    passed = subprocess.run([*command, "GATES=--max-kl 1000"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "gate max_kl 1000: passed" in passed.stdout
+    assert made.stat().st_mtime_ns == before  # what is trained is not trained again for another gate
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "up to date" in again.stdout
+
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "qtool"
+    small = "--rows 16 --seqlen 32 --set scheme=int2-g32-sym --set block.epochs=1 --max-kl $GATE"
+    program.write_text(f'#!/bin/sh\ntest $1 = quantize && GATE=1e-9\nexec "{sys.executable}" -m qtool "$@" {small}\n')
+    program.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    job = [
+        str(ROOT / "examples" / "ci-distill.sh"),
+        str(model),
+        str(tmp_path / "ci"),
+        str(calibration_text),
+        str(held_out),
+    ]
+    for gate, code, last in (("1000", 0, "is within the gates"), ("1e-9", 3, "is still worse than the gates allow")):
+        done = subprocess.run(job, cwd=tmp_path, env={**path, "GATE": gate}, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert f"{tmp_path}/ci/rounded is worse than the gates allow" in done.stdout
+        assert f"{tmp_path}/ci/trained {last}" in done.stdout
+        report = json.loads((tmp_path / "distill-report.json").read_text())
+        assert report["training"]
+        assert report["up_to_date"] == (code == 3)

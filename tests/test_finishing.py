@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from qtool.finishing.end_to_end import EndToEndFinish
 from qtool.finishing.linear import AdaptedLinear, CodedLinear, LatentLinear, MergedLinear
 from qtool.formats.adapter import Adapted
 from qtool.formats.weights import Weights
+from qtool.gguf.checkpoint import open_checkpoint
 from qtool.job import prepare
 from qtool.methods import METHODS
 from qtool.models.blockwise import BlockModel
@@ -122,9 +126,20 @@ def test_adapter_is_the_sum() -> None:
     weight, grid, _ = quantized("int4-g32-sym")
     linear = AdaptedLinear(weight, grid, None, 4)
     torch.nn.init.normal_(linear.up_OR)
+    kept = linear.adapter()
     x = torch.randn(3, 256)
-    expected = x @ (weight.dequantize() + linear.up_OR @ linear.down_RI).T
+    expected = x @ (weight.dequantize() + kept["lora_B.weight"] @ kept["lora_A.weight"]).T
     assert torch.allclose(linear(x), expected, atol=1e-5)
+
+
+def test_a_merged_change_is_rounded_alike_in_every_precision() -> None:
+    """Autocast would multiply A and B in bfloat16, and a code near a border would be another one in the file."""
+    weight, grid, weight_OI = quantized("int4-g32-sym")
+    linear = MergedLinear(weight, grid, None, weight_OI, 4)
+    torch.nn.init.normal_(linear.up_OR, std=10.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained_OI = linear.weight()
+    assert torch.equal(trained_OI, linear.result().dequantize())
 
 
 def test_held_out_rows_are_spread_and_not_trained_on() -> None:
@@ -198,6 +213,15 @@ def test_every_kind_of_scheme_is_trained_as_it_is_packed(make_model, calibration
         assert curve["alignment"]["max_difference"] <= 0.05 * curve["alignment"]["rms"]
 
 
+def test_a_model_with_rounded_inputs_is_trained_again(make_model, calibration_text, tmp_path):
+    """Its blocks round their inputs before anything is trained, and go on doing so while it is."""
+    run(make_model(), tmp_path / "w8a8", tree_of(calibration_text, scheme="w8a8"))
+    tree = tree_of(calibration_text, "block", scheme="w4a16-g32", requantize=True)
+    tree["block"]["epochs"] = 1
+    report = run(tmp_path / "w8a8", tmp_path / "out", tree)
+    assert all(curve["alignment"]["max_difference"] <= 1e-5 * curve["alignment"]["rms"] for curve in report.training)
+
+
 def test_an_adapter_is_kept_beside_the_weights(make_model, calibration_text, tmp_path):
     model = make_model()
     tree = tree_of(calibration_text, "lora")
@@ -222,6 +246,85 @@ def test_an_adapter_is_kept_beside_the_weights(make_model, calibration_text, tmp
     verdicts = [x.evaluation["comparison"]["kl"]["value"] for x in (report, plain)]
     assert verdicts[0] < verdicts[1]  # of the weights with the adapter
     assert "adapter/adapter_config.json" in json.loads((tmp_path / "out" / MANIFEST).read_text())["files"][0]["name"]
+
+
+def test_an_adapter_of_transposed_linears(make_model, calibration_text, tmp_path):
+    """GPT-2 stores [in, out]: the run itself compares what it trained with what the files and the adapter compute."""
+    tree = tree_of(calibration_text, "lora")
+    tree["lora"] |= {"merge": False, "lr": 0.3, "held_out": 0}
+    report = run(make_model("gpt2"), tmp_path / "out", tree)
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"]
+    tensors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    (curve,) = report.training
+    assert curve["alignment"]["max_difference"] <= 1e-4 * curve["alignment"]["rms"]
+
+
+def test_two_processes_finish_as_one_does(make_model, calibration_text, tmp_path):
+    """Scales and an adapter, under torchrun: the losses are those of one process, and so is what is written."""
+    tree = tree_of(calibration_text, "scales", "lora")
+    for name in ("scales", "lora"):
+        tree[name] |= {"epochs": 2, "held_out": 3}
+    tree["lora"] |= {"merge": False, "lr": 0.1}
+    one = run(make_model(), tmp_path / "one", tree)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tree))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "qtool", "quantize", str(make_model()), "--recipe", str(recipe), "--json",
+               "-o", str(tmp_path / "two"), "--device", "cpu"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    for ours, theirs in zip(one.training, two["training"], strict=True):
+        for a, b in zip(ours["held_out"], theirs["held_out"], strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
+        assert theirs["alignment"]["max_difference"] <= 1e-4 * theirs["alignment"]["rms"]
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        tensors = [load_file(tmp_path / folder / name) for folder in ("one", "two")]
+        for key, tensor in tensors[0].items():  # sums in another order: few scales round the other way
+            same = torch.isclose(tensor.float(), tensors[1][key].float(), rtol=1e-2, atol=1e-4)
+            assert same.float().mean() > 0.98, (key, float(same.float().mean()))
+
+
+def test_an_output_with_an_adapter_is_up_to_date_and_can_be_replaced(make_model, calibration_text, tmp_path):
+    model, tree = make_model(), tree_of(calibration_text, "lora")
+    tree["lora"] |= {"merge": False, "rank": 2, "epochs": 1}
+    run(model, tmp_path / "out", tree)
+    before = files(tmp_path / "out")
+    job = prepare(str(model), build(tree, [*METHODS, *TRANSFORMS, *FINISHES]))
+    assert quantize(job, tmp_path / "out", RunOptions(device="cpu"), quiet)[1]
+    run(model, tmp_path / "out", tree, force=True)
+    assert files(tmp_path / "out") == before
+
+
+def test_layers_that_stay_floats_are_not_trained(make_model, calibration_text, tmp_path):
+    layers = {"*.o_proj": "f32", "*.down_proj": "f16"}
+    tree = tree_of(calibration_text, "block", "scales", scheme="q4_0", layers=layers)
+    model = make_model()
+    run(model, tmp_path / "out", tree)
+    sources = [Weights(open_checkpoint(path)) for path in (model, tmp_path / "out" / "model.gguf")]
+    for name, close in (("self_attn.o_proj", 0.0), ("mlp.down_proj", 2.0**-11)):
+        weights = [
+            source.read([f"model.layers.1.{name}.weight"])[f"model.layers.1.{name}.weight"] for source in sources
+        ]
+        assert torch.allclose(*weights, rtol=close, atol=1e-7)
+
+
+def test_how_memory_is_saved_is_no_part_of_the_recipe(make_model, calibration_text, tmp_path):
+    """A run that was too large for the memory goes on in smaller parts."""
+    model, tree = make_model(), tree_of(calibration_text, "scales")
+
+    def killing(stage: str, done: int, total: int, detail: str) -> None:
+        if stage == "train scales" and done:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(model, tmp_path / "out", tree, killing)
+    tree["scales"] |= {"accumulate": 2, "recompute": False}
+    report = run(model, tmp_path / "out", tree)
+    assert report.resumed_units > 0
 
 
 def test_qat_is_gptaq_with_its_finishes(make_model, calibration_text, tmp_path):
@@ -297,7 +400,14 @@ def test_what_cannot_be_is_said_before_any_work(make_model, calibration_text):
     assert "unknown finish `bloc`" in refused(model, {**tree_of(calibration_text), "finish": ["bloc"]})
     assert "`block.lrr`" in refused(model, tree_of(calibration_text, "block", block={"lrr": 1}))
     assert "lr=0" in refused(model, tree_of(calibration_text, "block", block={"lr": 0}))
+    assert "hidden states" in refused(model, tree_of(calibration_text, "scales", scales={"hidden": 1.0}))
     assert "trains on rows of text" in refused(model, tree_of(calibration_text, "block", stats="somewhere"))
+    assert "keeps no codes" in refused(model, tree_of(calibration_text, "block", format="dense"))
+    floats = {"scheme": "f16", "format": "gguf"}
+    assert "nothing to train" in refused(model, tree_of(calibration_text, "scales", **floats))
+    beside = tree_of(calibration_text, "lora", "scales")
+    beside["lora"] |= {"merge": False}
+    assert "does not know it" in refused(model, beside)
 
 
 @pytest.mark.parametrize("name", FINISHES)

@@ -221,8 +221,8 @@ def test_shapes_and_names_that_do_not_fit_are_told(tmp_path):
     reason = "`model.layers.0.mlp.down_proj`: 1056 inputs are not a multiple of 128"
     assert found.left_out["w4a16-gptq"] == found.left_out["fp8-block"] == reason
     assert (
-        "w4a16-gptq, w4a16-gptaq, w4a16-asym-gptq, w4a16-gptq-fp8-kv, w4a16-awq, w4a16-rtn, gptq-w4, awq-w4, "
-        f"w3a16-gptaq: {reason}" in ("\n".join(plain_lines(recommendation_view(found))))
+        "w4a16-gptq, w4a16-gptaq, w4a16-qat, w4a16-asym-gptq, w4a16-gptq-fp8-kv, w4a16-awq, w4a16-rtn, gptq-w4, "
+        f"awq-w4, w3a16-gptaq, w3a16-qat: {reason}" in ("\n".join(plain_lines(recommendation_view(found))))
     )
     tensors = [TensorInfo(i.name.replace("down_proj", "out"), i.dtype, i.shape) for i in odd.tensors.values()]
     renamed = recommend(Checkpoint.from_headers(tmp_path, {"model_type": "other"}, tensors), has_data=True)

@@ -30,7 +30,7 @@ class Rows:
         self.stream = model.start(batch for batch, _ in batches(rows.rows, batch_tokens))
         self.float_stream = Stream(list(self.stream.hidden), self.stream.arguments) if cross else None
         self.float_block: nn.Module | None = None
-        self.float_outputs: list[Tensor] | None = None
+        self.float_left = False  # the float stream stands behind the block already
         self.index = 0
 
     def enter(self, index: int) -> None:
@@ -43,13 +43,13 @@ class Rows:
         self.float_block = copy.deepcopy(block)
 
     def targets(self) -> list[Tensor]:
-        """The output of the float block for the float model's inputs, batch by batch."""
+        """The output of the float block for the float model's inputs, batch by batch; they leave the block."""
         assert self.float_stream is not None
         assert self.float_block is not None
         block, stream = self.float_block, self.float_stream
-        outputs = [self.model.run(block, self.index, stream, batch) for batch in range(len(stream.hidden))]
-        self.float_outputs = outputs
-        return outputs
+        self._advance(block, stream, None)
+        self.float_block, self.float_left = None, True
+        return stream.hidden
 
     def output(self, block: nn.Module, batch: int, cache: KVCache | None = None) -> Tensor:
         """The output of a block for one batch, with the gradient of whatever in it asks for one."""
@@ -94,11 +94,9 @@ class Rows:
         """The rows advance to the next block."""
         with round_inputs(block, rounded or {}):
             self._advance(block, self.stream, cache)
-        if self.float_stream is not None and self.float_outputs is not None:
-            self.float_stream.hidden = self.float_outputs
-        elif self.float_stream is not None:
+        if self.float_stream is not None and not self.float_left:
             self._advance(self.float_block or block, self.float_stream, None)
-        self.float_block = self.float_outputs = None
+        self.float_block, self.float_left = None, False
 
     def _advance(self, block: nn.Module, stream: Stream, cache: KVCache | None) -> None:
         for batch in range(len(stream.hidden)):

@@ -89,6 +89,10 @@ class TokenRows:
     def tokens(self) -> int:
         return sum(len(row) for row in self.rows)
 
+    def record(self) -> dict[str, Any]:
+        """What a report says of them."""
+        return {"source": self.source, "rows": len(self.rows), "tokens": self.tokens, "sha256": self.sha256}
+
 
 def calibration_rows(spec: DataSpec, tokenizer: Tokenizer, context: int) -> TokenRows:
     """Rows to calibrate with: packed windows, or the beginning of each text. Raises QtoolError when there is none."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.writer import MANIFEST, partial_path, replaced_path
+from qtool.checkpoint.writer import JOURNAL, MANIFEST, partial_path, replaced_path
 from qtool.errors import UsageError
 
 
@@ -36,7 +36,7 @@ def check_replaceable(out: Path, manifest: Mapping[str, Any]) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file, not a folder", "give another -o/--output")
-    own = {MANIFEST, *(file["name"] for file in manifest.get("files", []))}
+    own = {MANIFEST, JOURNAL, *(Path(file["name"]).parts[0] for file in manifest.get("files", []))}
     others = sorted(path.name for path in out.iterdir() if path.name not in own)
     if others:
         raise UsageError(

@@ -147,8 +147,9 @@ class StagedOutput:
                 whole.replace(journal)
                 return
             if len(lines) > 1 and not force:
+                done = counted(len(lines) - 1, "unit")
                 raise QtoolError(
-                    f"{self.folder} holds an interrupted run of another recipe or source ({len(lines) - 1} units done)",
+                    f"{self.folder} holds an interrupted run of another recipe or source ({done} done)",
                     "run that command again to finish it, or discard it with --force",
                 )
             shutil.rmtree(self.folder)
@@ -209,6 +210,7 @@ class StagedOutput:
         write_json(self.folder / MANIFEST, manifest)
         for path in [*self.files(), self.folder / MANIFEST]:
             fsync(path)
+        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
         fsync(self.folder)
         replaced = replaced_path(self.out)
         if self.out.exists():
@@ -217,7 +219,6 @@ class StagedOutput:
             self.out.rename(replaced)
         self.folder.rename(self.out)
         (self.out / JOURNAL).unlink()  # only now: until the rename a crash must find it
-        shutil.rmtree(self.out / SCRATCH, ignore_errors=True)
         fsync(self.out.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
@@ -259,6 +260,11 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
     # reshaped first: a tensor of one element counts as contiguous whatever its strides are
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
+
+
+def counted(count: int, what: str) -> str:
+    """1 unit, 2 units."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,9 @@ def command(
     data: Annotated[
         str, typer.Option("--data", help="Text: python-docs, a file, a folder, or a data set id (org/name:config).")
     ] = "python-docs",
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter on MODEL, as PEFT writes it.")
+    ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Of a data set (test).")] = None,
     column: Annotated[str | None, typer.Option("--column", help="Of a data set (text, else messages).")] = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="At most so many windows or rows (all).")] = None,
@@ -77,7 +81,7 @@ def command(
     from qtool.evaluation.evaluate import evaluate
     from qtool.report.views import evaluation_view
 
-    result = evaluate(path, base_path, spec, device, console.progress)
+    result = evaluate(path, base_path, spec, device, console.progress, adapter)
     gates = check_gates(result, spec)
     tree = {**result.to_tree(), "gates": gates}
     console.result(tree, evaluation_view(tree))

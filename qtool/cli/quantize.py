@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,7 @@ def command(
             help="Saved statistics instead of data: a folder of `qtool calibrate`, or an imatrix of llama.cpp.",
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows (128).")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows (128; to train, 512).")] = None,
     seqlen: options.SeqLen = None,
     pack: options.Pack = None,
     seed: Annotated[
@@ -173,6 +174,8 @@ def command(
             flags = " ".join(f"{flag} {name.strip()}" for name in names.split(","))
             raise UsageError(f"`{flag} {names}` names several {kind}", f"give each its own flag: `{flags}`")
     tree: dict[str, Any] = load_tree(recipe) if recipe else {}
+    if tree.keys() & {"student", "objective"}:
+        raise UsageError(f"{recipe} is a recipe of `qtool distill`", f"`qtool distill {model} --recipe {recipe}`")
     for assignment in assignments or []:
         set_key(tree, assignment)
     options.put(tree, scheme=scheme, transforms=transform, method=method, finish=finish, format=format, kv=kv,
@@ -194,6 +197,9 @@ def command(
     resolved = build(tree, [*METHODS, *TRANSFORMS, *FINISHES])
     from qtool.evaluation.gates import check_spec
 
+    if resolved.method != AUTO and not resolved.finish:  # those that the method comes with
+        method_options = resolved.options.get(resolved.method, {})
+        resolved = replace(resolved, finish=get_method(resolved.method, method_options).finish)
     named = [] if resolved.method == AUTO else [resolved.method]
     for name in [*named, *sorted(set(METHODS) & resolved.options.keys())]:
         get_method(name, resolved.options.get(name, {}))

@@ -246,7 +246,7 @@ class _Run:
         return teacher if self.world.main else open_teacher()
 
     def _write(self, staged: StagedOutput | None, student: WholeModel, home: Path, units: dict[str, list[str]]) -> None:
-        """The trained tensors in the types of the output, and beside them what else belongs there."""
+        """The trained tensors in the types of the output, and what is no parameter as the first student has it."""
         parameters: dict[str, Tensor] = {}
         for name, parameter in student.model.named_parameters(remove_duplicate=False):
             for spelling in student.architecture.spellings(name):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qtool.errors import unknown
+from qtool.errors import UsageError, unknown
 from qtool.recipe import options_of
 from qtool.training.objective import Objective
 from qtool.training.options import Training
@@ -29,6 +29,7 @@ FINISHES = {
     "lora": "qtool.finishing.lora:LoRA",
 }
 ADAPTER = "adapter"  # the folder in OUT of what `lora` keeps beside the weights
+ROWS = 512  # of text, unless the recipe says how many
 HELD_OUT_SHARE = 16  # one row in so many
 BLOCK = "block"  # which comes first: its float block and the rows are there only while the block is rounded
 
@@ -42,6 +43,11 @@ class EndToEnd(Objective, Training):
     def __post_init__(self) -> None:
         Objective.__post_init__(self)
         Training.__post_init__(self)
+        if self.has_states:
+            raise UsageError(
+                "a finish learns from the float model's distributions, of which it has no hidden states or attention",
+                "leave `hidden` and `attention` at 0; `qtool distill` compares them",
+            )
 
     wants_float: ClassVar[bool] = False  # whether `linear` looks at the weight before it was rounded
 

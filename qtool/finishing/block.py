@@ -17,13 +17,14 @@ from qtool.training.options import Training
 class Block(Training):
     """Options of `block`. The learning rate is that of weights, in steps of their grid."""
 
-    epochs: int | None = 4
-    lr: float = 0.02
+    epochs: int | None = 8
+    lr: float = 0.01
     scale_lr: float = 0.002  # of scales, as shares of themselves, and of zero points, in a tenth of steps
     clip: float = 0.0
     held_out: int | None = None  # batches kept for the held-out loss; default 1/16 of them, at least one
+    accumulate: int = 1  # parts of a batch; they stay together, so it decides which rows meet at a step
     recompute: bool = False  # there is one block: nothing to recompute
 
     def rows_at_once(self) -> int:
         """Rows that go through the block together."""
-        return -(-self.batch // self.accumulate)
+        return max(1, self.batch // self.accumulate)

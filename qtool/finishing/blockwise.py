@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qtool.errors import QtoolError
+from qtool.errors import TrainingError
 from qtool.finishing import held_out_of
 from qtool.finishing.block import Block
 from qtool.finishing.linear import BETAS, LatentLinear, swap
@@ -78,11 +78,13 @@ def train_block(
     The block itself stays as it is.
     """
     targets = rows.targets()
-    before: dict[str, nn.Module] = {}
+    before: dict[str, nn.Linear] = {}
     trained: dict[str, LatentLinear] = {}
     for linear, (quantized, grid, float_OI) in weights.items():
         before[linear] = linear_of(block, linear)
-        trained[linear] = LatentLinear(quantized, grid, linear_of(block, linear).bias, float_OI)
+        trained[linear] = LatentLinear(quantized, grid, before[linear].bias, float_OI)
+        for hook in before[linear]._forward_pre_hooks.values():  # of a source that is served with rounded inputs
+            trained[linear].register_forward_pre_hook(hook)
         swap(block, linear, trained[linear])
     try:
         task = BlockTask(block, lambda batch: rows.output(block, batch, served.cache), targets, options)
@@ -101,12 +103,12 @@ def train_block(
 def alignment(trained: Tensor, written: Tensor, name: str) -> dict[str, float]:
     """How far what was trained is from what was written, as both compute it: the largest difference, and of what size.
 
-    Raises QtoolError where that is more than float rounding.
+    Raises TrainingError where that is more than float rounding.
     """
     difference = (trained - written).abs()
     rms = float(trained.square().mean().sqrt())
     if not float(difference.square().mean().sqrt()) <= MISALIGNED * rms:
-        raise QtoolError(
+        raise TrainingError(
             f"what was trained as `{name}` is not what is in the files: the two compute values up to "
             f"{float(difference.max()):.3g} apart, of about {rms:.3g}: please report this bug"
         )

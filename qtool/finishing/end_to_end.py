@@ -27,7 +27,7 @@ from qtool.finishing.blockwise import alignment
 from qtool.finishing.linear import BETAS, QuantizedLinear
 from qtool.finishing.lora import LoRA
 from qtool.finishing.norms import TrainedNorm, norms_of, train_norm
-from qtool.formats.adapter import Adapted, write_adapter
+from qtool.formats.adapter import PREFIX, Adapted, write_adapter
 from qtool.formats.weights import Weights, check_finite
 from qtool.gguf.checkpoint import open_checkpoint
 from qtool.job import Job
@@ -120,7 +120,7 @@ class EndToEndFinish:
             tensors, facts = self._result(task, linears, norms)
         if self.world.main:
             tensors |= {"sample": sample_T, "sample.logits": logits_TV.cpu()}
-            self._save(tensors, {**facts, "curve": curve.to_tree()})
+            self._save(tensors, {**facts, "curve": curve.to_tree(), "data": rows.record()})
         self.world.barrier()
 
     def _rows(self, model: BlockModel) -> TokenRows:
@@ -197,7 +197,8 @@ class EndToEndFinish:
                     held = job.format.held(trained.result().to(torch.device("cpu")), linear.source.dtype)
                     tensors |= job.format.pack(module, held, linear.source.dtype)
                     found[module] = {"solved": digest(held), "weight_error": self._weight_error(linear, held)}
-                    adapter |= {f"base_model.model.{module}.{key}": x.cpu() for key, x in trained.adapter().items()}
+                    kept = trained.adapter().items()  # copied: the parameters are shards again after this
+                    adapter |= {f"{PREFIX}{module}.{key}": x.cpu().clone() for key, x in kept}
                 for name in [name for name, norm in norms.items() if norm in inside and name not in tensors]:
                     value = job.as_stored(name, norms[name].value())
                     check_finite(name, value)
@@ -215,7 +216,9 @@ class EndToEndFinish:
         new.mkdir(parents=True, exist_ok=True)
         if adapter := facts.pop("adapter"):
             assert isinstance(self.options, LoRA)
-            write_adapter(new / ADAPTER, adapter, self.job.model, self.options.rank)
+            assert self.job.architecture
+            transposed = self.job.architecture.transposed
+            write_adapter(new / ADAPTER, adapter, self.options.rank, transposed)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / TENSORS)
         write_json(new / FACTS, facts)
         for path in (path for path in new.rglob("*") if path.is_file()):
@@ -234,8 +237,8 @@ class EndToEndFinish:
             shutil.copytree(result / ADAPTER, self.folder / ADAPTER, dirs_exist_ok=True)
         training = {"finish": self.name, "unit": "all blocks", **facts["curve"]}
         training["alignment"] = alignment(logits_TV, self._written_logits(sample_T), self.name)
-        nothing: dict[str, Any] = {"layers": [], "tensors": {}, "solved": {}, "changed": [], "data": None, "notes": []}
-        staged.finish_unit(self.unit, {**nothing, "training": training})
+        nothing: dict[str, Any] = {"layers": [], "tensors": {}, "solved": {}, "changed": [], "notes": []}
+        staged.finish_unit(self.unit, {**nothing, "data": facts["data"], "training": training})
 
     def _apply_unit(self, staged: StagedOutput, unit: Unit, facts: dict[str, Any], stored: Any) -> None:
         record = staged.done[unit.name]

@@ -72,11 +72,10 @@ class QuantizedLinear(nn.Module):
         if zero is not None and self.grid.has_minimum:
             read_OI += self._spread(zero)
         safe = torch.where(scale == 0, 1.0, scale)
-        return (self.grid.gaps(read_OI / safe) * safe.abs()).flatten(1)
+        return (self.grid.gaps((read_OI / safe).contiguous()) * safe.abs()).flatten(1)
 
     def _spread(self, values: Tensor) -> Tensor:
         return spread_rows(values, len(self.quantized.codes))[:, :, None]
-
 
     def between(self, float_OI: Tensor) -> Tensor:
         """Weights in the cells of their codes, on the way from the grid to a float weight."""
@@ -144,9 +143,7 @@ class MergedLinear(QuantizedLinear):
     The weight begins where that of `LatentLinear` does.
     """
 
-    def __init__(
-        self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor, rank: int
-    ) -> None:
+    def __init__(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor, rank: int) -> None:
         super().__init__(weight, grid, bias)
         self.step_OI, self.start_OI = self.steps(), self.between(float_OI)
         self.down_RI, self.up_OR = low_rank(self.start_OI, rank)
@@ -156,7 +153,8 @@ class MergedLinear(QuantizedLinear):
         return [self.down_RI, self.up_OR]
 
     def latent(self) -> Tensor:
-        return torch.addcmul(self.start_OI, self.up_OR @ self.down_RI, self.step_OI)
+        with torch.autocast(self.start_OI.device.type, enabled=False):  # so that `result` has the same codes
+            return torch.addcmul(self.start_OI, self.up_OR @ self.down_RI, self.step_OI)
 
     def weight(self) -> Tensor:
         like = self.quantized.params
@@ -168,10 +166,14 @@ class MergedLinear(QuantizedLinear):
 
 
 class AdaptedLinear(QuantizedLinear):
-    """The weight stays as it is; what is trained is a change of low rank beside it: x W^T + x A^T B^T."""
+    """The weight stays as it is; what is trained is a change of low rank beside it: x W^T + s x A^T B^T.
+
+    s is the mean step of the grid, and part of the B that is kept: a learning rate means what it does for others.
+    """
 
     def __init__(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, rank: int) -> None:
         super().__init__(weight, grid, bias)
+        self.step = self.steps().mean()
         self.down_RI, self.up_OR = low_rank(weight.codes, rank)
 
     @property
@@ -185,10 +187,10 @@ class AdaptedLinear(QuantizedLinear):
         return self.quantized
 
     def adapter(self) -> dict[str, Tensor]:
-        return {"lora_A.weight": self.down_RI.detach(), "lora_B.weight": self.up_OR.detach()}
+        return {"lora_A.weight": self.down_RI.detach(), "lora_B.weight": self.step * self.up_OR.detach()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + functional.linear(functional.linear(x, self.down_RI), self.up_OR)
+        return super().forward(x) + functional.linear(functional.linear(x, self.down_RI), self.step * self.up_OR)
 
 
 def low_rank(like_OI: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:

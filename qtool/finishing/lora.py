@@ -25,6 +25,7 @@ class LoRA(EndToEnd):
 
     epochs: int | None = 4
     lr: float = 0.02
+    scale_lr: float = 0.002  # of norms, as shares of themselves
     rank: int = 16
     merge: bool = True  # onto the grid; false: an adapter beside the packed weights
     norms: bool = False
@@ -37,6 +38,10 @@ class LoRA(EndToEnd):
             raise UsageError(f"lora.rank={self.rank} must be at least 1")
         if self.norms and not self.merge:
             raise UsageError("an adapter beside the weights has no norms", "`lora.norms=false`, or `lora.merge=true`")
+
+    @property
+    def scales_rate(self) -> float:
+        return self.scale_lr / self.lr
 
     def linear(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> QuantizedLinear:
         from qtool.finishing.linear import AdaptedLinear, MergedLinear

@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 
 
 class Adapted:
-    """A source whose linears are changed by an adapter: W + (alpha / R) B A."""
+    """A source whose linears are changed by an adapter: W + (alpha / R) B A, transposed where they lie so."""
 
     def __init__(self, source: Source, folder: Path) -> None:
         from safetensors import safe_open
@@ -31,7 +31,7 @@ class Adapted:
         self.source, self.shapes = source, source.shapes
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            self.share = float(config["lora_alpha"]) / int(config["r"])
+            self.share, self.transposed = float(config["lora_alpha"]) / int(config["r"]), bool(config["fan_in_fan_out"])
             with safe_open(folder / WEIGHTS, framework="pt") as stored:
                 self.tensors = {n.removeprefix(PREFIX): stored.get_tensor(n).float() for n in stored.keys()}  # noqa: SIM118
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -46,15 +46,13 @@ class Adapted:
             module = name.removesuffix(".weight")
             if f"{module}.lora_A.weight" in self.tensors:
                 change_OI = self.tensors[f"{module}.lora_B.weight"] @ self.tensors[f"{module}.lora_A.weight"]
-                tensor.add_(change_OI, alpha=self.share)
+                tensor.add_(change_OI.T if self.transposed else change_OI, alpha=self.share)
         return tensors
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
-        return (
-            self.read([name])[name][rows]
-            if f"{name.removesuffix('.weight')}.lora_A.weight" in self.tensors
-            else (self.source.read_rows(name, rows))
-        )
+        if f"{name.removesuffix('.weight')}.lora_A.weight" in self.tensors:
+            return self.read([name])[name][rows]
+        return self.source.read_rows(name, rows)
 
     def roundings(self, unit: str) -> Mapping[str, tuple[ActivationScheme, Tensor | None]]:
         return self.source.roundings(unit)
@@ -63,16 +61,17 @@ class Adapted:
         return self.source.kv_scales(unit)
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], base: str, rank: int) -> None:
-    """An adapter of B A [O, I] on the model `base`."""
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], rank: int, transposed: bool) -> None:
+    """An adapter of B A [O, I] on whatever model it is loaded onto; `transposed`: that stores its weights [in, out]."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     modules = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
     targets = sorted({module.rpartition(".")[2] for module in modules})
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank,
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "target_modules": targets,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": rank, "lora_alpha": rank,
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True,
+        "target_modules": targets,
     }  # fmt: skip
     write_json(folder / CONFIG, config)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})

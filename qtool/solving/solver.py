@@ -93,10 +93,7 @@ class Solver:
         """What the calibration data was; None when none was used in this run."""
         if self.job.stats:
             return self.job.stats.data_record()
-        if self.rows is None:
-            return None
-        return {"source": self.rows.source, "rows": len(self.rows.rows), "tokens": self.rows.tokens,
-                "sha256": self.rows.sha256}  # fmt: skip
+        return self.rows.record() if self.rows else None
 
     def _solve_alone(self, unit: Unit) -> None:
         """A unit whose statistics, if any, were saved."""

@@ -26,7 +26,7 @@ from qtool.plan import Linear, Unit
 from qtool.report.model import LayerRecord
 from qtool.runtime.inputs import round_inputs
 from qtool.runtime.kv import KVCache
-from qtool.scheme import ActivationScheme, QuantScheme
+from qtool.scheme import FLOATS, ActivationScheme, QuantScheme
 from qtool.solving.compare import Errors, compare, squares
 from qtool.solving.record import UnitRecord, read_back, rows_at_once
 from qtool.transforms.fold import fold, sharing
@@ -83,7 +83,7 @@ class UnitWork:
         first_look = self.job.wanted - {SECOND, CROSS} or self.solver.scalings
         if rows.cross:  # before the transforms: a resumed run has the block as it is in the source
             rows.split(block)
-        if first_look or not cross:
+        if first_look or (self.job.wanted and not cross):
             self.measure(block, rows)
             self.transform()
         if cross:  # each input is measured after the linears before it were solved
@@ -252,7 +252,7 @@ class UnitWork:
             notes = [*notes, *solution.notes]
             record = layer_record(linear, errors, wall_s * linear.shape[0], notes, transforms)
             quantized = replace(solved, input_scale=input_scale)
-            if self.job.block and self.inputs:
+            if self.job.block and self.inputs and linear.scheme.kind not in FLOATS:
                 name = linear.module.removeprefix(self.unit.name + ".")
                 self.waiting[name] = Solved(linear, was, quantized, record)
                 continue

@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int, str], None]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE = 2.0**16  # of the loss in fp16; 1 is the smallest
 GROWTH_STEPS = 1000  # so many finite gradients double the scale
-REPORT_S = 2.0  # between two reports of progress, besides those of evaluations
+REPORT_S = 10.0  # between two reports of progress, besides those of evaluations
 
 
 class Task(nn.Module):
@@ -298,7 +298,7 @@ class _Run:
         if self.checkpoints and self.checkpoints.step is not None:
             step, folder = self.checkpoints.step, self.checkpoints.folder
             kept = f"; the last good checkpoint, of step {step}, is kept in {folder}"
-        hint = f"a smaller learning rate than lr={self.options.lr:g}, or a longer warm-up"
+        hint = f"a smaller learning rate than lr={self.options.lr:g}, or a longer warm-up; with --force"
         return TrainingError(f"training stopped at step {self.step}: {reason}{kept}", hint)
 
 

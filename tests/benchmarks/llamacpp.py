@@ -7,8 +7,8 @@ llama.cpp has not take off. Needs llama-cpp-python; the peers are its ggml_quant
 
     python tests/benchmarks/llamacpp.py [MODEL] [--quick] [--only error,mixes] [--mixes q4_k_m,q3_k_s] [--work FOLDER]
 
-A method with finishes is named `gptq:block`. A name with `+` at its end is a pure type: every matrix of a block has it, the output Q6_K. `--work` keeps files and
-figures, and what is there already is not made again.
+A name with `+` at its end is a pure type: every matrix of a block has it, the output Q6_K. A method with finishes is
+named `gptq:block`. `--work` keeps files and figures, and what is there already is not made again.
 """
 
 from __future__ import annotations
