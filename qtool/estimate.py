@@ -25,7 +25,8 @@ ROUNDING_BYTES = 16  # per weight that is rounded at once
 AT_ONCE = 1 << 24  # weights that are rounded at once where rows stand for themselves
 FLOP_PER_S = 1.5e11  # float32 matrix products
 FAKE_QUANT_NS = 25  # per weight and step on one core: rounding with gradients
-LATENT_BYTES, CODED_BYTES = 32, 6  # per weight in training: with AdamW's moments and gradients; of codes alone
+BLOCK_BYTES = 45  # per weight of a block in training: with AdamW's moments, gradients, the best state, the float block
+FULL_BYTES, CODED_BYTES = 28, 6  # likewise end to end; of codes alone
 KEPT_OF_BLOCK = 30  # hidden states that a block keeps for its backward pass
 SCALES_S = 4e-6  # per weight on which a transform compares some forty scales, of which there are SAMPLE_ROWS rows
 SAMPLE_ROWS = 256
@@ -65,9 +66,9 @@ def _training(
     whole_s = steps * (8 * weights * options.batch * seqlen / FLOP_PER_S + weights * FAKE_QUANT_NS * 1e-9 / CORES)
     if name == BLOCK:
         streams = 3 * rows * seqlen * hidden * 4
-        return max(sizes, default=0) * LATENT_BYTES + streams + at_once * KEPT_OF_BLOCK, whole_s
+        return max(sizes, default=0) * BLOCK_BYTES + streams + at_once * KEPT_OF_BLOCK, whole_s
     others = 4 * sum(prod(kept.source.shape) for kept in plan.kept)
-    trained = weights * (LATENT_BYTES if name == "full" else CODED_BYTES) + others
+    trained = weights * (FULL_BYTES if name == "full" else CODED_BYTES) + others
     kept_blocks = 1 if options.recompute else len(sizes)
     return trained + at_once * (KEPT_OF_BLOCK * kept_blocks + len(sizes)), whole_s
 

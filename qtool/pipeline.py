@@ -172,8 +172,9 @@ def _identity(job: Job, source: list[FileIdentity]) -> dict[str, Any]:
         recipe.pop(name)
     names = [job.recipe.method, *job.recipe.transforms, *job.recipe.finish]
     for name, options in zip(names, [job.method, *job.transforms, *job.finishes], strict=True):
-        deciding = options.deciding() if isinstance(options, EndToEnd) else asdict(options) if options else {}  # type: ignore[arg-type]
-        recipe[name] = deciding
+        recipe[name] = asdict(options) if options else {}  # type: ignore[arg-type]
+        if isinstance(options, EndToEnd):  # whatever saves memory may be another when it goes on
+            recipe[name] = options.deciding()
     recipe["format"] = job.format.name
     data = {}
     if job.stats:
@@ -223,6 +224,8 @@ def _report(job: Job, out: Path, device: str, staged: StagedOutput, resumed: int
         for tree in training
         if tree["held_out"] and tree["best_step"] == 0
     ]
+    if (staged.folder / ADAPTER).is_dir():
+        notes_of_training.append(f"the weights are as they were rounded: the PEFT adapter in {ADAPTER}/ was trained")
     unasked = [k for k in job.plan.kept if not k.asked]
     notes = [f"{len(unasked)} left alone unasked: {unasked[0].source.name}: {unasked[0].reason}"] if unasked else []
     on_disk = job.plan.bits_on_disk

@@ -226,7 +226,7 @@ KINDS = {
     "protocol": ([*INTO, "--protocol", "windws"], said("unknown protocol `windws`", "did you mean `windows`?")),
     "protocol of eval-ppl": (["eval-ppl", "m", "--protocol", "lama.cpp"], said(
         "unknown protocol `lama.cpp`", "did you mean `llama.cpp`?")),
-    "recipe key": ([*INTO, "--set", "schem=w4a16"], said("unknown recipe key `schem`", "did you mean `scheme`?")),
+    "recipe key": ([*INTO, "--set", "methd=rtn"], said("unknown recipe key `methd`", "did you mean `method`?")),
     "recipe key of a section": ([*INTO, "--set", "data.rowz=3"], said(
         "unknown recipe key `data.rowz`", "did you mean `data.rows` or `data.source`?")),
     "recipe key of a method": ([*INTO, "--set", "gptq.dampp=3"], re.compile(

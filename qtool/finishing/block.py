@@ -17,9 +17,9 @@ from qtool.training.options import Training
 class Block(Training):
     """Options of `block`. The learning rate is that of weights, in steps of their grid."""
 
-    epochs: int | None = 8
+    epochs: int | None = 4
     lr: float = 0.01
-    scale_lr: float = 0.002  # of scales, as shares of themselves, and of zero points, in a tenth of steps
+    scale_lr: float = 0.0005  # of scales, as shares of themselves, and of zero points
     clip: float = 0.0
     held_out: int | None = None  # batches kept for the held-out loss; default 1/16 of them, at least one
     accumulate: int = 1  # parts of a batch; they stay together, so it decides which rows meet at a step

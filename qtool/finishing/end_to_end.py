@@ -62,14 +62,11 @@ class FinishTask(StudentTask):
         norms = [module.shares for module in modules if isinstance(module, TrainedNorm)]
         of_weights = [p for linear in linears for p in linear.of_weights]
         of_scales = [p for linear in linears for p in linear.of_scales] + norms
-        rate = self._options.scales_rate
         groups: list[dict[str, Any]] = [
             {"params": of_weights, "betas": BETAS},
-            {"params": of_scales, "betas": BETAS, "lr_scale": rate},
+            {"params": of_scales, "betas": BETAS, "lr_scale": self._options.scales_rate},
         ]
-        others = {id(p) for group in groups for p in group["params"]}
-        projections = [p for p in self.parameters() if p.requires_grad and id(p) not in others]
-        return [group for group in (*groups, {"params": projections}) if group["params"]]
+        return [group for group in groups if group["params"]]
 
 
 class EndToEndFinish:
@@ -81,8 +78,9 @@ class EndToEndFinish:
         self.job, self.name, self.options = job, name, job.end_to_end[name]
         self.folder, self.staged, self.world, self.progress = folder, staged, world, progress
         self.scratch = folder / SCRATCH / name
-        self.linears = [x for x in job.plan.linears if job.architecture and job.architecture.is_block_linear(x.module)]
-        self.linears = [linear for linear in self.linears if linear.scheme.kind not in FLOATS]
+        assert job.architecture
+        in_block = job.architecture.is_block_linear
+        self.linears = [x for x in job.plan.linears if in_block(x.module) and x.scheme.kind not in FLOATS]
 
     @property
     def unit(self) -> str:
