@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from conftest import MakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.calibration.tokens import Tokenizer
@@ -30,7 +31,7 @@ from qtool.distill.run import distill
 from qtool.errors import QtoolError, UsageError
 from qtool.pipeline import RunOptions
 from qtool.recipe import DataSpec, set_key
-from qtool.training.data import training_rows
+from qtool.training.data import TrainingRows, training_rows
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"steps": 6, "batch": 4, "lr": 0.002, "evaluate_every": 2}
@@ -175,6 +176,26 @@ def test_of_a_stream_without_end_the_first_rows_are_read(tokenizer: Tokenizer, m
     assert len(training_rows(DataSpec("org/name", seqlen=16), None, tokenizer, 128).rows) == 16
 
 
+@pytest.mark.parametrize(("rows", "held_out"), [(1, None), (4, 4), (4, 5)])
+def test_of_few_rows_not_all_can_be_held_out(
+    tokenizer: Tokenizer, tmp_path: Path, rows: int, held_out: int | None
+) -> None:
+    """However much text there is."""
+    spec = DataSpec(text_of(tmp_path, [f"{i} of many texts that fill some rows" for i in range(64)]), seqlen=8)
+    assert len(training_rows(spec, 5, tokenizer, 128).training) > 64
+    with pytest.raises(
+        QtoolError, match=f"gives {rows} row{'s' * (rows > 1)} of 8 tokens: too few to keep {held_out or 1} "
+    ):
+        training_rows(replace(spec, rows=rows), held_out, tokenizer, 128)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4])])
+def test_rows_to_measure_on_are_evenly_spaced(count: int, expected: list[int]) -> None:
+    rows = [torch.full((4,), i) for i in range(7)]
+    found = TrainingRows(rows, [], [0, 1, 2, 3, 4], [5, 6], "x", "").calibration(count)
+    assert [int(row[0]) for row in found.rows] == expected
+
+
 def test_too_little_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(QtoolError, match="gives 0 rows of 64 tokens: too few to keep 1"):
         training_rows(DataSpec(text_of(tmp_path, ["a"]), seqlen=64), None, tokenizer, 128)
@@ -203,9 +224,10 @@ def test_a_schedule_is_no_number_of_base_60() -> None:
     ("tree", "message"),
     [
         ({"teacher": "alive"}, "unknown kind of teacher `alive`"),
-        ({"cache_teacher": 4, "objective": {"hidden": 1.0}}, "a cached teacher has no states"),
-        ({"cache_teacher": 4, "teacher": "live"}, "a cached teacher has no states"),
-        ({"cache_teacher": 4, "objective": {"temperature": "4:1"}}, "at one temperature, not for 4:1"),
+        ({"cache_teacher": 4, "objective": {"hidden": 1.0}}, "a cache of .* has no hidden states"),
+        ({"cache_teacher": 4, "teacher": "live"}, "a live teacher is not cached"),
+        ({"cache_teacher": 4, "objective": {"temperature": "4:1"}}, "for one temperature, not for 4:1"),
+        ({"cache_teacher": 4, "objective": {"alpha": 0}}, "where only cross entropy counts"),
         ({"cache_teacher": 4, "objective": {"top_k": 5}}, "--top-k 5 and --cache-teacher 4 differ"),
         ({"cache_teacher": 0}, "cache_teacher is 0"),
         ({"training": {"held_out": 0}}, "held_out is 0"),
@@ -227,6 +249,11 @@ def test_a_quantized_student_is_a_recipe_of_quantize() -> None:
     assert quantized({"scheme": "nvfp4", "method": "rtn", "finish": "full"}).finish == ("full",)
     with pytest.raises(UsageError, match="`student` means nothing with --scheme"):
         quantized({"scheme": "w2a16", "student": {"layers": 2}})
+    for finish in ("block", [], ["block"]):
+        with pytest.raises(UsageError, match="trains nothing that learns from the teacher's distributions"):
+            quantized({"scheme": "w2a16", "finish": finish, "training": {"lr": 1e-5}})
+    with pytest.raises(UsageError, match="`finish` takes a list of text, not `None`"):
+        quantized({"scheme": "w2a16", "finish": None})
 
 
 # ---- a run
@@ -334,6 +361,26 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(
         assert "importance" not in seen
 
 
+def test_other_rows_than_before_the_interruption(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set may have changed."""
+    monkeypatch.setattr("qtool.training.data.is_local", lambda _: False)
+    monkeypatch.setattr("qtool.training.data.read_texts", lambda *_: (f"{word} {i} " * 9 for i in range(99)))
+    tree = {"data": {"source": "org/name", "rows": 20, "seqlen": 32}}
+
+    def progress(stage: str, *_: object) -> None:
+        if stage == "distill":
+            raise KeyboardInterrupt
+
+    word = "one"
+    with pytest.raises(KeyboardInterrupt):
+        make("out", progress, **tree)
+    word = "other"
+    with pytest.raises(QtoolError, match="`org/name` gives other rows than before the interruption"):
+        make("out", **tree)
+    word = "one"
+    assert make("out", **tree)[0]["resumed_units"] == 1
+
+
 BYTES: dict[str, bytes] = {}
 
 
@@ -415,6 +462,33 @@ def test_a_student_of_its_own(here: Path, make_model: MakeModel) -> None:
         make("out2", student={"path": "v"})
 
 
+def test_what_does_not_decide_the_bytes_is_not_compared(here: Path, make_model: MakeModel) -> None:
+    """How a student's folder is spelled, rows that nothing is measured on, layers named twice, what saves memory."""
+    shutil.copytree(make_model("llama", "float32", num_hidden_layers=1), "s")
+    assert not make("a", student={"path": "s"})[1]
+    assert make("a", student={"path": str(here / "s")}, training={**STEPS, "accumulate": 2, "recompute": False})[1]
+    assert not make("b", student={"drop_layers": [1, 1]})[1]
+    assert make("b", student={"drop_layers": [1], "rows": 3})[1]
+    assert not make("c", student={"mlp": 64, "rows": 2})[1]
+    with pytest.raises(UsageError, match=r"distill\.student\.rows was `2` and is now `3`"):
+        make("c", student={"mlp": 64, "rows": 3})
+    with pytest.raises(UsageError, match=r"b was made otherwise: distill\.student\.drop_layers was `\[1\]`"):
+        make("b", student={"drop_layers": [0]})
+
+
+def test_outputs_of_other_commands_are_refused(here: Path, qtool: Callable[..., tuple[int, str, str]]) -> None:
+    """And replaced with --force, either by the other."""
+    quantize = ["quantize", "m", "-o", "out", "--scheme", "int4-g32-sym", "--method", "rtn"]
+    for command in (["distill", "m", "-o", "out", *FLAGS], quantize):
+        assert qtool(*quantize, "--force")[0] == 0
+        if command is quantize:
+            make("out", force=True)
+        code, out, err = qtool(*command)
+        assert (code, out) == (2, "")
+        assert "error: out was made otherwise: " in err
+        assert qtool(*command, "--force")[0] == 0
+
+
 def test_packed_models(here: Path, qtool: Callable[..., tuple[int, str, str]]) -> None:
     """A packed teacher teaches, and what is cut out of it is dense; as a student it is refused."""
     rtn = ["--scheme", "int4-g32-sym", "--method", "rtn"]
@@ -426,6 +500,17 @@ def test_packed_models(here: Path, qtool: Callable[..., tuple[int, str, str]]) -
     code, out, err = qtool("distill", "m", "--student", "q", "-o", "o2")
     assert (code, out) == (2, "")
     assert err.startswith("error: q is quantized: a student is trained, and written, in 16 or 32 bits\n")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_types_that_nothing_is_trained_in(here: Path, dtype: torch.dtype) -> None:
+    """Of a teacher the student is bfloat16; a student of its own is refused, before any work."""
+    floats = {name: tensor.to(dtype) for name, tensor in weights("m").items()}
+    save_file(floats, "m/model.safetensors", metadata={"format": "pt"})
+    make("out")
+    assert {tensor.dtype for tensor in weights("out").values()} == {torch.bfloat16}
+    with pytest.raises(UsageError, match=r"of m is F.*: a student is trained, and written, in 16 or 32 bits"):
+        make("out2", student={"path": "m"})
 
 
 def test_a_diverging_run_keeps_what_it_had(here: Path, qtool: Callable[..., tuple[int, str, str]]) -> None:
@@ -471,6 +556,10 @@ def test_what_is_expected_is_what_comes(here: Path) -> None:
 WRONG = {
     "typo": (["--layer", "1"], "error: No such option: --layer"),
     "no student": ([], "error: there is no student\n"),
+    "of quantize": (["--recipe", ROOT / "recipes/w4a16-gptq.yaml", "--layers", "1"],
+                    f"error: {ROOT / 'recipes/w4a16-gptq.yaml'} is a recipe of `qtool quantize`\n"),
+    "importance": (["--mlp", "32", "--importance", "cosine"], "error: importance `cosine` chooses layers, but"),
+    "block": (["--scheme", "w8a16", "--finish", "block", "--lr", "1"], "error: finish ['block'] trains nothing that"),
     "all layers": (["--layers", "2"], "error: the student would be the teacher itself: nothing is left out\n"),
     "more layers": (["--layers", "3"], "error: --layers 3: the teacher has 2"),
     "numbers": (["--drop-layers", "1,x"], "error: `--drop-layers 1,x` takes whole numbers with commas between them\n"),

@@ -130,6 +130,14 @@ def test_fewer_heads_are_the_teacher_with_the_others_at_zero(
     assert sorted(shared) == choice.kv_heads[0]
 
 
+def test_a_key_and_value_that_all_heads_share_stays(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("mistral", "float32", num_key_value_heads=1)
+    for heads in (2, 3):
+        choice = student(folder, tmp_path / f"{heads}", heads=heads)
+        assert choice.kv_heads == [[0], [0]]
+        zero_other_heads(folder, tmp_path / f"{heads}", choice, heads)
+
+
 @pytest.mark.parametrize("kind", LAYER_NORMS)
 def test_fewer_heads_and_channels_where_they_depend_on_each_other(
     kind: str, make_model: MakeModel, tmp_path: Path
@@ -292,8 +300,8 @@ def test_the_files_are_a_whole_checkpoint(make_model: MakeModel, tmp_path: Path)
         ({"hidden": 65}, r"--hidden 65: the teacher has 64"),
         ({"mlp": 129}, r"--mlp 129: the teacher has 128"),
         ({"heads": 3}, r"--heads 3: the teacher's heads share keys and values in groups of 2"),
-        ({"heads": 4, "kv_heads": 1}, r"4 heads cannot share 1 keys and values"),
-        ({"heads": 3, "kv_heads": 2}, r"3 heads cannot share 2 keys and values"),
+        ({"heads": 4, "kv_heads": 1}, r"4 heads cannot share the keys and values of 1"),
+        ({"heads": 3, "kv_heads": 2}, r"3 heads cannot share the keys and values of 2"),
     ],
 )
 def test_what_a_teacher_cannot_spare(spec: dict[str, Any], message: str, make_model: MakeModel) -> None:

@@ -36,7 +36,7 @@ def check_replaceable(out: Path, manifest: Mapping[str, Any]) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file, not a folder", "give another -o/--output")
-    own = {MANIFEST, JOURNAL, *(Path(file["name"]).parts[0] for file in manifest.get("files", []))}
+    own = {MANIFEST, f"{MANIFEST}.new", JOURNAL, *(Path(file["name"]).parts[0] for file in manifest.get("files", []))}
     others = sorted(path.name for path in out.iterdir() if path.name not in own)
     if others:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -10,11 +11,16 @@ from qtool import recipe as quantize_recipe
 from qtool.cli import options, state
 from qtool.cli.options import GATE_MISSED, put_into
 from qtool.cli.quantize import execute
-from qtool.distill.recipe import IMPORTANCES, build, quantized, to_tree, to_yaml
+from qtool.distill.recipe import IMPORTANCES, Distillation, build, quantized, to_tree, to_yaml
 from qtool.errors import UsageError
 from qtool.recipe import load_tree, section, set_key
 from qtool.training.objective import DIVERGENCES
 from qtool.training.options import PRECISIONS
+
+# Keys that only a recipe of that command has.
+OF_QUANTIZE, OF_DISTILL = (
+    {field.name for field in fields(kind)} - {"data", "eval"} for kind in (quantize_recipe.Recipe, Distillation)
+)
 
 
 def command(
@@ -156,6 +162,8 @@ def command(
         as_json=as_json, quiet=quiet, verbose=verbose, progress=progress, log_format=log_format, resumable=True
     )
     tree: dict[str, Any] = load_tree(recipe) if recipe else {}
+    if tree.keys() & OF_QUANTIZE and not tree.keys() & OF_DISTILL:
+        raise UsageError(f"{recipe} is a recipe of `qtool quantize`", f"`qtool quantize {model} --recipe {recipe}`")
     for assignment in assignments or []:
         set_key(tree, assignment)
     dropped = None if drop_layers is None else _numbers("--drop-layers", drop_layers)

@@ -111,9 +111,9 @@ def _outside(architecture: Architecture, name: str) -> Axes:
 
 
 def _info(weights: Weights, name: str, source: str, shape: tuple[int, ...]) -> TensorInfo:
-    """A tensor of the student: of the teacher's type, and of bfloat16 where that is none for weights."""
+    """A tensor of the student: of the teacher's type, and of bfloat16 where that is none to train in."""
     dtype = weights.dense[source].dtype
-    return TensorInfo(name, dtype if dtype in TORCH_NAMES or shape == weights.shapes[source] else "BF16", shape)
+    return TensorInfo(name, "BF16" if dtype.startswith("F") and dtype not in TORCH_NAMES else dtype, shape)
 
 
 def _blocks(spec: StudentSpec, count: int) -> tuple[int, ...] | None:
@@ -153,8 +153,8 @@ def _after(spec: StudentSpec, before: Sizes, blocks: int | None, has_head_dim: b
     shared = before.heads // before.kv_heads
     if not has_head_dim and spec.kv_heads not in (None, heads):
         raise UsageError("--kv-heads means nothing for this architecture: every head has its own keys and values")
-    kv_heads = spec.kv_heads or heads // shared
-    if not spec.kv_heads and heads % shared:
+    kv_heads = spec.kv_heads or max(1, heads // shared)  # one that all heads share stays
+    if not spec.kv_heads and before.kv_heads > 1 and heads % shared:
         sizes = ", ".join(str(n) for n in range(shared, before.heads, shared))
         raise UsageError(
             f"--heads {heads}: the teacher's heads share keys and values in groups of {shared}",
@@ -162,7 +162,7 @@ def _after(spec: StudentSpec, before: Sizes, blocks: int | None, has_head_dim: b
         )
     if heads % kv_heads or heads // kv_heads > shared:
         raise UsageError(
-            f"{heads} heads cannot share {kv_heads} keys and values: groups are equal and of at most {shared} heads"
+            f"{heads} heads cannot share the keys and values of {kv_heads}: groups are equal, of at most {shared} heads"
         )
     return replace(before, blocks=blocks or before.blocks, hidden=spec.hidden or before.hidden, heads=heads,
                    kv_heads=kv_heads, mlp=spec.mlp or before.mlp)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -12,12 +13,12 @@ from qtool.checkpoint.hub import locate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import Safetensors
 from qtool.distill.cut import Cut, plan_cut
-from qtool.distill.recipe import Distillation
+from qtool.distill.recipe import EVEN, Distillation
 from qtool.errors import UsageError
 from qtool.estimate import FLOP_PER_S, PROCESS_BYTES
 from qtool.formats.weights import Weights
 from qtool.gguf.checkpoint import open_checkpoint
-from qtool.headers import TensorInfo
+from qtool.headers import TORCH_NAMES, TensorInfo
 from qtool.models.architectures import Architecture, architecture_of, config_value
 from qtool.training.options import MOST_ROWS
 
@@ -38,7 +39,7 @@ class DistillJob:
     cut: Cut | None
     student: Checkpoint | None
 
-    @property
+    @cached_property
     def outputs(self) -> dict[str, TensorInfo]:
         """The tensors of the student, each with its file."""
         infos = self.cut.infos if self.cut else self.student.tensors if self.student else {}
@@ -65,8 +66,11 @@ def prepare(model: str, recipe: Distillation) -> DistillJob:
         raise UsageError(
             "there is no student",
             "`--layers N`, `--drop-layers 3,5`, `--hidden N`, `--heads N` and `--mlp N` cut one out of the teacher; "
-            "`--student DIR` is another model",
+            "`--student DIR` is another model; `--scheme S` is the teacher itself, quantized",
         )
+    if spec.importance != EVEN and not spec.layers:
+        raise UsageError(f"importance `{spec.importance}` chooses layers, but --layers does not say how many",
+                         "give --layers, or leave --importance out")  # fmt: skip
     cut = student = None
     if spec.path:
         student = open_checkpoint(locate(spec.path))
@@ -74,6 +78,9 @@ def prepare(model: str, recipe: Distillation) -> DistillJob:
         if Weights(student).format or student.home.is_file():
             raise UsageError(f"{student.path} is quantized: a student is trained, and written, in 16 or 32 bits",
                              "give the model that it was made from")  # fmt: skip
+        if odd := next((x for x in student.tensors.values() if x.dtype[0] == "F" and x.dtype not in TORCH_NAMES), None):
+            raise UsageError(f"`{odd.name}` of {student.path} is {odd.dtype}: a student is trained, and written, in 16 "
+                             "or 32 bits", "convert it to BF16 or F32")  # fmt: skip
         sizes = [config_value(x.config, "vocab_size") for x in (student, checkpoint)]
         if sizes[0] != sizes[1]:
             raise UsageError(f"{student.path} predicts {sizes[0]} tokens, {checkpoint.path} {sizes[1]}",
@@ -173,13 +180,19 @@ def teacher_text(recipe: Distillation) -> str:
     return "its last hidden states, cached: all of its distributions"
 
 
-def identity_tree(recipe: Distillation) -> dict[str, Any]:
-    """The part of a recipe that decides the bytes of the output."""
+def identity_tree(job: DistillJob) -> dict[str, Any]:
+    """The part of a recipe that decides the bytes of the output, beside the files of the models."""
+    recipe = job.recipe
     tree = {**asdict(recipe), "training": recipe.training.deciding()}
     del tree["eval"]
     if recipe.is_live or not recipe.needs_teacher:
         tree["teacher"] = "live" if recipe.is_live else "none"
-    tree["student"]["drop_layers"] = list(recipe.student.drop_layers)
+    if not job.cut:
+        del tree["student"]
+        return tree
+    tree["student"]["drop_layers"] = sorted(set(recipe.student.drop_layers))
+    if not job.cut.needs_rows:
+        del tree["student"]["rows"]
     return tree
 
 

@@ -18,7 +18,8 @@ from qtool.training.objective import Objective
 from qtool.training.options import Training
 from qtool.transforms import TRANSFORMS
 
-IMPORTANCES = ("even", "cosine")
+EVEN = "even"
+IMPORTANCES = (EVEN, "cosine")
 CACHED, LIVE = "cached", "live"
 DEFAULT_METHOD, DEFAULT_FINISH = "gptaq", "scales"  # of a quantized student
 
@@ -30,7 +31,7 @@ class StudentSpec:
     path: str | None = None  # a folder or a hub id; excludes all below
     layers: int | None = None  # so many of the teacher's
     drop_layers: tuple[int, ...] = ()  # all but these, counted from 0
-    importance: str = "even"  # which `layers`: evenly spaced, or cosine: those that turn the hidden states most
+    importance: str = EVEN  # which `layers`: evenly spaced, or cosine: those that turn the hidden states most
     hidden: int | None = None  # channels of the hidden states
     heads: int | None = None  # of attention
     kv_heads: int | None = None  # keys and values that they share; default: as many heads to each as before
@@ -74,12 +75,12 @@ class Distillation:
         if self.cache_teacher is not None and self.cache_teacher < 1:
             raise UsageError(f"cache_teacher is {self.cache_teacher}, but must be at least 1")
         if self.cache_teacher:
-            if self.objective.has_states or self.teacher == LIVE:
-                raise UsageError("a cached teacher has no states inside: --cache-teacher means nothing with a live one",
-                                 "leave --cache-teacher out")  # fmt: skip
-            if self.objective.fixed_temperature is None:
-                raise UsageError(f"the top of the teacher's distributions is cached at one temperature, not for "
-                                 f"{self.objective.temperature}", "leave --cache-teacher out")  # fmt: skip
+            if self.teacher == LIVE:
+                raise UsageError("a live teacher is not cached", "leave --cache-teacher out")
+            self.objective.check_cached()
+            if not self.objective.diverges:
+                raise UsageError("--cache-teacher means nothing where only cross entropy counts: the teacher is not "
+                                 "asked", "leave it out, or give --alpha above 0")  # fmt: skip
             if self.objective.top_k not in (None, self.cache_teacher):
                 raise UsageError(f"--top-k {self.objective.top_k} and --cache-teacher {self.cache_teacher} differ",
                                  "--cache-teacher alone says both")  # fmt: skip
@@ -119,12 +120,16 @@ def quantized(tree: Mapping[str, Any]) -> Recipe:
     learned = {**section(tree, "objective"), **section(tree, "training")}
     tree.pop("objective", None)
     tree.pop("training", None)
-    tree.setdefault("method", DEFAULT_METHOD)
-    finish = tree.setdefault("finish", [DEFAULT_FINISH])
-    for name in [finish] if isinstance(finish, str) else finish:
+    tree = {"method": DEFAULT_METHOD, "finish": [DEFAULT_FINISH], **tree}
+    names = [*METHODS, *TRANSFORMS, *FINISHES]
+    finish = build_quantize(tree, names).finish
+    if not set(finish) - {BLOCK}:
+        raise UsageError(f"finish {list(finish)} trains nothing that learns from the teacher's distributions",
+                         "`--finish scales`, full or lora; `qtool quantize` does without")  # fmt: skip
+    for name in finish:
         if name in FINISHES and name != BLOCK:
             tree[name] = {**section(tree, name), **learned}
-    return build_quantize(tree, [*METHODS, *TRANSFORMS, *FINISHES])
+    return build_quantize(tree, names)
 
 
 def to_tree(recipe: Distillation) -> dict[str, Any]:

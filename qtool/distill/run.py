@@ -25,7 +25,7 @@ from qtool.calibration.tokens import Tokenizer
 from qtool.checkpoint.beside import rest_of_files
 from qtool.checkpoint.existing import check_apart, check_replaceable, check_same, read_manifest
 from qtool.checkpoint.reader import Checkpoint, FileIdentity, sha256_file
-from qtool.checkpoint.writer import MANIFEST, StagedOutput, partial_path, write_json
+from qtool.checkpoint.writer import MANIFEST, SCRATCH, StagedOutput, counted, partial_path, write_json
 from qtool.distill.job import DistillJob, identity_tree, loss_text, student_text, teacher_text
 from qtool.distill.students import Progress, choose, measure, units_of, write_student
 from qtool.errors import QtoolError, ReadError, TrainingError
@@ -58,10 +58,9 @@ def distill(job: DistillJob, out: Path, options: RunOptions, progress: Progress)
     The output appears whole or not at all. Raises UsageError when OUT holds something else and `force` is not set.
     """
     world = World.of_environment(pick_device(options.device))
-    try:
-        return _Run(job, out, options, world, progress if world.main else _silent).run()
-    finally:
-        world.close()
+    result = _Run(job, out, options, world, progress if world.main else _silent).run()
+    world.close()  # not after an error: the others may be in the middle of an exchange, for which it would wait
+    return result
 
 
 class _Run:
@@ -79,8 +78,9 @@ class _Run:
         check_replaceable(self.typed, known)
         with self.watch.stage("identify"):
             self.progress("identify", 0, 1, str(self.job.checkpoint.path))
-            source = self._source_files(known)
-            self.identity = self._identity(source)
+            keys = ("source_files", "student_files")
+            files = {key: self._files(x, known.get(key, [])) for key, x in zip(keys, self.job.models, strict=False)}
+            self.identity = self._identity(*files.values())
         if known and not self.options.force:
             check_same(self.typed, known, self.identity)
             report: dict[str, Any] = known["report"]
@@ -94,7 +94,7 @@ class _Run:
             self.rows = self._rows()
             if self.recipe.eval:
                 check(self.job.checkpoint.path, self.recipe.eval, self.options.device)
-        self.scratch = partial_path(self.out) / "scratch"
+        self.scratch = partial_path(self.out) / SCRATCH
         staged = None
         if self.world.main:
             staged = StagedOutput(self.out, self.job.outputs, self.identity, self.options.force)
@@ -119,7 +119,7 @@ class _Run:
         manifest = {
             "qtool": __version__,
             "identity": self.identity,
-            "source_files": source,
+            **{key: [asdict(file) for file in found] for key, found in files.items()},
             "files": [
                 {"name": p.name, "size_bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in staged.files()
             ],
@@ -132,25 +132,23 @@ class _Run:
 
     # What decides the output
 
-    def _source_files(self, known: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The files of each model."""
-        found: list[dict[str, Any]] = []
-        for number, model in enumerate(self.job.models):
-            before = [x for x in known.get("source_files", []) if x["model"] == number]
-            cached = [FileIdentity(**{key: value for key, value in x.items() if key != "model"}) for x in before]
-            for file in model.identity(cached, [path.name for path in rest_of_files(model)]):
-                found.append({"model": number, **asdict(file)})
-        return found
+    @staticmethod
+    def _files(model: Checkpoint, known: list[dict[str, Any]]) -> list[FileIdentity]:
+        """The files of a model; `known` are those of an earlier run."""
+        names = [path.name for path in rest_of_files(model)]
+        return model.identity([FileIdentity(**file) for file in known], names)
 
-    def _identity(self, source: list[dict[str, Any]]) -> dict[str, Any]:
-        """What decides the bytes of the output: a run with the same identity is the same run."""
+    def _identity(self, *models: list[FileIdentity]) -> dict[str, Any]:
+        """What decides the bytes of the output: a run with the same identity is the same run.
+
+        `models` are the files of the teacher, and those of a student of its own.
+        """
         data = {str(path): sha256_file(path) for path in local_files(self.recipe.data)}
         if self.recipe.data.source in BUILT_IN:
             data = {self.recipe.data.source: f"of Python {platform.python_version()}"}
-        files = [{x["name"]: x["sha256"] for x in source if x["model"] == i} for i in range(len(self.job.models))]
-        students: dict[str, Any] = {"student": files[1]} if self.job.student else {}
-        return {"qtool": __version__, "distill": identity_tree(self.recipe), "teacher": files[0], **students,
-                "data_files": data}  # fmt: skip
+        files = [{file.name: file.sha256 for file in found} for found in models]
+        return {"qtool": __version__, "distill": identity_tree(self.job),
+                **dict(zip(("teacher", "student"), files, strict=False)), "data_files": data}  # fmt: skip
 
     def _rows(self) -> TrainingRows:
         """The rows to train on. Raises UsageError where the same token stands for other text in the two models."""
@@ -167,12 +165,14 @@ class _Run:
         if staged:
             if STUDENT not in staged.done:
                 choice = self._cut(home) if self.job.cut else {}
-                staged.finish_unit(STUDENT, choice)
+                staged.finish_unit(STUDENT, {**choice, "rows": self.rows.sha256})
+            elif staged.done[STUDENT]["rows"] != self.rows.sha256:  # of a data set, whose files are not known
+                raise QtoolError(f"`{self.rows.source}` gives other rows than before the interruption",
+                                 f"remove {staged.folder} to begin again")  # fmt: skip
             if self.recipe.eval and staged.done.get(BEFORE, {}).get("of") != evaluation_tree(self.recipe.eval):
                 staged.finish_unit(BEFORE, {"of": evaluation_tree(self.recipe.eval), "measured": self._measure(home)})
         units = units_of(self.job.outputs)
-        undone = staged is not None and any(unit not in staged.done for unit in (TRAINING, *units))
-        if self.world.sum(torch.tensor(float(undone))).item() == 0:  # all processes agree
+        if not self.world.agree(staged is not None and any(unit not in staged.done for unit in (TRAINING, *units))):
             return Curve.from_tree(staged.done[TRAINING]) if staged else Curve(0, 0.0)
         student = WholeModel(home, Weights(open_checkpoint(home)), self.world.device).requires_grad_(True)
         if self.recipe.training.recompute:
@@ -232,8 +232,7 @@ class _Run:
 
         def open_teacher() -> Teacher:
             if recipe.cache_teacher:
-                temperature = recipe.objective.fixed_temperature
-                assert temperature is not None
+                temperature = recipe.objective.check_cached()
                 return TopKTeacher(model, rows, positions, k=recipe.cache_teacher, folder=folder,
                                    temperature=temperature, progress=self.progress)  # fmt: skip
             in_memory = MEMORY_BYTES if self.world.size == 1 else 0
@@ -375,5 +374,5 @@ def _notes(curve: Curve) -> list[str]:
             f"the student is that of step {curve.best_step} of {curve.steps}: then the held-out loss got worse"
         )
     if curve.skipped:
-        notes.append(f"{curve.skipped} steps were skipped: their gradient was not finite in fp16")
+        notes.append(f"skipped for a gradient that was not finite in fp16: {counted(curve.skipped, 'step')}")
     return notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qtool.checkpoint.writer import counted
 from qtool.report.table import Table, View, count, seconds, size
 from qtool.report.views import estimate, gate_line
 
@@ -27,8 +28,12 @@ def distill_plan_view(plan: Tree) -> View:
         ("parameters", f"{count(theirs)} -> {count(ours)} ({100 * ours / theirs:.1f} %)"),
         ("size", f"{size(before)} -> {size(after)}"),
         ("loss", plan["loss"]),
-        ("data", f"{plan['data']}, {about}{plan['rows']} rows of {plan['seqlen']} tokens"),
-        ("training", f"{about}{plan['steps']} steps of {plan['batch']} rows, lr {plan['lr']:g}, {plan['precision']}"),
+        ("data", f"{plan['data']}, {about}{counted(plan['rows'], 'row')} of {plan['seqlen']} tokens"),
+        (
+            "training",
+            f"{about}{counted(plan['steps'], 'step')} of {counted(plan['batch'], 'row')}, lr {plan['lr']:g}, "
+            f"{plan['precision']}",
+        ),
         ("memory", f"about {size(plan['expected_memory_bytes'])}"),
         ("time", f"about {seconds(plan['expected_wall_s'])} on two CPU cores"),
     ]
@@ -96,12 +101,13 @@ def _facts(tree: Tree) -> Table:
         ("loss", tree["loss"]),
         (
             "training",
-            f"{len(curve['train'])} steps of {training['batch']} rows, lr {training['lr']:g}, "
+            f"{counted(len(curve['train']), 'step')} of {counted(training['batch'], 'row')}, lr {training['lr']:g}, "
             f"{training['precision']}, {curve['tokens']} tokens, {curve['tokens_per_s']:.0f} tokens/s{several}",
         ),
         (
             "data",
-            f"{data['source']}, {data['rows']} rows, {data['tokens']} tokens; {data['held_out_rows']} rows held out",
+            f"{data['source']}, {counted(data['rows'], 'row')}, {data['tokens']} tokens; "
+            f"{counted(data['held_out_rows'], 'row')} held out",
         ),
         ("output", tree["output"]),
         ("time", f"{seconds(tree['wall_s'])}: {stages}"),

@@ -95,7 +95,7 @@ class Checkpoints:
         path = self.folder / STATE
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if state and state["run"] != self.run:
-            raise QtoolError(f"{self.folder} holds a training with other options or rows", "discard it with --force")
+            raise QtoolError(f"{self.folder} holds a training with other options or rows", f"remove {self.folder}")
         return state
 
 

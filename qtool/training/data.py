@@ -7,7 +7,6 @@ where a source has too few documents for that (one long file), its last rows are
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from qtool.calibration.texts import is_local, read_texts
 from qtool.calibration.tokens import Tokenizer, TokenRows, row_length
+from qtool.checkpoint.writer import counted
 from qtool.errors import QtoolError
 from qtool.recipe import DataSpec
 from qtool.training.options import MOST_ROWS
@@ -40,8 +40,8 @@ class TrainingRows:
 
     def calibration(self, count: int) -> TokenRows:
         """Some of the rows that are trained on, evenly spaced."""
-        step = max(1, len(self.training) // count)
-        chosen = self.training[::step][:count]
+        there = len(self.training)
+        chosen = [self.training[i * there // count] for i in range(count)] if count < there else self.training
         return TokenRows([self.rows[i] for i in chosen], self.source, self.sha256)
 
     @property
@@ -63,18 +63,19 @@ def training_rows(spec: DataSpec, held_out: int | None, tokenizer: Tokenizer, co
         (kept if number % every == every - 1 else trained).add(ids)
         if not is_local(spec) and wanted and min(len(trained.rows), every * len(kept.rows)) >= wanted:
             break
-    total = min(wanted or math.inf, len(trained.rows) + len(kept.rows))
-    count = int(total // HELD_OUT_SHARE or 1) if held_out is None else held_out
+    there = len(trained.rows) + len(kept.rows)
+    total = min(wanted or there, there)
+    count = max(1, total // HELD_OUT_SHARE) if held_out is None else held_out
     to_keep = _some(kept.rows, count, spec.seed)
     first = len(trained.rows) - (count - len(to_keep))  # too few documents: the last rows are held out
-    if first < 1 or not count:
+    if first < 1 or not 0 < count < total:
         raise QtoolError(
-            f"`{spec.source}` gives {total} rows of {seqlen} tokens: too few to keep {count} for the held-out loss and "
-            "train on others",
+            f"`{spec.source}` gives {counted(total, 'row')} of {seqlen} tokens: too few to keep {count} for the "
+            "held-out loss and train on others",
             f"give more text, shorter rows (`--seqlen {max(2, seqlen // 4)}`), or one row per text (`--no-pack`)",
         )
     to_keep = [*to_keep, *trained.rows[first:]]
-    to_train = _some(trained.rows[:first], int(total) - count, spec.seed)
+    to_train = _some(trained.rows[:first], total - count, spec.seed)
     rows = [*to_train, *to_keep]
     return TrainingRows(
         [torch.tensor(ids, dtype=torch.long) for ids, _ in rows],
