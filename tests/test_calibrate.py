@@ -291,7 +291,7 @@ def test_resumed_after_an_interrupt_with_the_same_bytes(
     assert partial_path(broken).exists()
     other = calibrate(*command, "-o", broken, "--seed", "1")
     assert other.code == 1
-    assert "holds an interrupted run of another recipe or source (1 units done)" in other.err
+    assert "holds an interrupted run of another recipe or source (1 unit done)" in other.err
     resumed = calibrate(*command, "-o", broken)
     assert resumed.code == 0
     assert resumed.tree["resumed_blocks"] == 1
