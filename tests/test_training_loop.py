@@ -445,7 +445,7 @@ def test_what_is_not_finite_stops_it(tmp_path: Path, meddle: Callable[[Tensor], 
     with pytest.raises(TrainingError, match=f"^training stopped at step 11: {reason}{kept}$") as caught:
         fit(task, SHORT, tmp_path)
     assert caught.value.exit_code == 1
-    assert caught.value.hint == "a smaller learning rate than lr=0.01, or a longer warm-up"
+    assert caught.value.hint == "a smaller learning rate than lr=0.01, or a longer warm-up; with --force"
     assert all(value.isfinite().all() for value in task.state.values()), "no step is made with it"
     resumed, whole = Fit(), Fit()
     assert losses(fit(resumed, SHORT, tmp_path)) == losses(fit(whole, SHORT))
