@@ -52,7 +52,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
     Raises UsageError when OUT holds something else and `force` is not set.
     """
     is_first = rank() == 0
-    progress = progress if is_first else _silent
+    progress = progress if is_first else silent
     if processes() > 1 and not job.end_to_end:
         raise UsageError(
             f"{processes()} processes, but nothing here that they could share: that is training end to end",
@@ -139,7 +139,7 @@ def finish(
         EndToEndFinish(job, name, folder, staged, world, progress).run(rows, watch)
 
 
-def _silent(stage: str, done: int, total: int, detail: str) -> None:
+def silent(stage: str, done: int, total: int, detail: str) -> None:
     """Progress of a process that is not the first."""
 
 

@@ -69,8 +69,8 @@ def test_moved_scales_are_stored_within_half_a_step(scheme: str, factor: float, 
         step = params.super_scale.float().abs().repeat_interleave(scale.shape[1] // params.super_scale.shape[1], 1)
         limit = limit + step / 2
         inside = (scale * factor).abs() <= INTEGERS[scheme].highest * step
-    elif scheme.endswith("-dq"):  # up to the largest
-        inside = (scale * factor).abs() <= scale.abs().amax()
+    elif scheme.endswith("-dq") or scheme.startswith("nv"):  # between the smallest and the largest
+        inside = (scale * factor >= scale.amin()) & (scale * factor <= scale.amax())
     assert ((stored - scale * factor).abs() <= limit + 1e-9)[inside].all()
 
 

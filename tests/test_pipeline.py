@@ -319,7 +319,7 @@ def test_evaluation_can_be_added_to_an_output_that_is_there(make_model, calibrat
     report, up_to_date = run(make_model(), out, tree)
     assert up_to_date
     assert report.evaluation["comparison"]["kl"]["value"] > 0
-    assert report.gate_failed
+    assert not all(gate["passed"] for gate in report.gates)
     assert files(out) == weights
     assert json.loads((out / MANIFEST).read_text())["report"]["gates"][0]["passed"] is False
 

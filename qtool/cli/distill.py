@@ -9,7 +9,7 @@ import typer
 
 from qtool import recipe as quantize_recipe
 from qtool.cli import options, state
-from qtool.cli.options import GATE_MISSED, put_into
+from qtool.cli.options import put_into
 from qtool.cli.quantize import execute
 from qtool.distill.recipe import IMPORTANCES, Distillation, build, quantized, to_tree, to_yaml
 from qtool.errors import UsageError
@@ -212,15 +212,7 @@ def command(
     report, up_to_date = distill(job, output, RunOptions(device, force, batch_tokens), console.progress)
     if report is None:  # the first of several processes says how it went
         return 0
-    for note in report["notes"]:
-        console.log(note, "warning")
-    if up_to_date:
-        console.log(f"{output} is up to date")
-    console.result({**report, "up_to_date": up_to_date}, distill_view(report))
-    if any(not gate["passed"] for gate in report["gates"]):
-        console.log("a quality gate was missed: the output is kept and marked in its manifest", "error")
-        return GATE_MISSED
-    return 0
+    return options.conclude(console, output, report, distill_view(report), up_to_date)
 
 
 def _numbers(flag: str, text: str) -> list[int]:

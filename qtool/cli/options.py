@@ -10,6 +10,7 @@ import typer
 from qtool.cli.console import Console
 from qtool.errors import UsageError
 from qtool.recipe import section
+from qtool.report.table import View
 
 GATE_MISSED = 3  # the exit code
 
@@ -75,6 +76,19 @@ def check_folder(output: Path) -> None:
         raise UsageError(
             f"{output} is the name of a file, but the output is a folder", f"`-o {output.with_suffix('')}`"
         )
+
+
+def conclude(console: Console, output: Path, tree: dict[str, Any], view: View, up_to_date: bool) -> int:
+    """A report is the result, after its notes; the exit code says whether it passed its gates."""
+    for note in tree["notes"]:
+        console.log(note, "warning")
+    if up_to_date:
+        console.log(f"{output} is up to date")
+    console.result({**tree, "up_to_date": up_to_date}, view)
+    if any(not gate["passed"] for gate in tree["gates"]):
+        console.log("a quality gate was missed: the output is kept and marked in its manifest", "error")
+        return GATE_MISSED
+    return 0
 
 
 def show_recipe(console: Console, tree: dict[str, Any], text: str) -> int:

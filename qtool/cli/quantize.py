@@ -243,12 +243,4 @@ def execute(
     report, up_to_date = run(job, output, RunOptions(device, force, batch_tokens), console.progress)
     if report is None:  # the first of several processes says how it went
         return 0
-    for note in report.notes:
-        console.log(note, "warning")
-    if up_to_date:
-        console.log(f"{output} is up to date")
-    console.result({**report.to_tree(), "up_to_date": up_to_date}, report_view(report))
-    if report.gate_failed:
-        console.log("a quality gate was missed: the output is kept and marked in its manifest", "error")
-        return options.GATE_MISSED
-    return 0
+    return options.conclude(console, output, report.to_tree(), report_view(report), up_to_date)

@@ -39,7 +39,7 @@ from qtool.memory import return_freed_memory
 from qtool.models.architectures import config_value
 from qtool.models.blockwise import BlockModel, pick_device
 from qtool.models.whole import WholeModel
-from qtool.pipeline import RunOptions
+from qtool.pipeline import RunOptions, silent
 from qtool.report.model import Stopwatch, peak_memory_bytes, versions
 from qtool.solving.record import digest_bytes
 from qtool.training.curve import Curve
@@ -58,7 +58,7 @@ def distill(job: DistillJob, out: Path, options: RunOptions, progress: Progress)
     The output appears whole or not at all. Raises UsageError when OUT holds something else and `force` is not set.
     """
     world = World.of_environment(pick_device(options.device))
-    result = _Run(job, out, options, world, progress if world.main else _silent).run()
+    result = _Run(job, out, options, world, progress if world.main else silent).run()
     world.close()  # not after an error: the others may be in the middle of an exchange, for which it would wait
     return result
 
@@ -343,10 +343,6 @@ class _Run:
             "resumed_units": resumed,
             "versions": versions("torch", "transformers", "safetensors"),
         }  # fmt: skip
-
-
-def _silent(*_: Any) -> None:
-    """The progress of the processes that do not speak."""
 
 
 def _dtype(name: str) -> torch.dtype:

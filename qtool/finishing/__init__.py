@@ -6,15 +6,16 @@ A finish is a frozen dataclass whose fields are its recipe options. Its module i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from qtool.errors import UsageError, unknown
 from qtool.recipe import options_of
 from qtool.training.objective import Objective
-from qtool.training.options import Training
+from qtool.training.options import HELD_OUT_SHARE, Training
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,12 +31,11 @@ FINISHES = {
 }
 ADAPTER = "adapter"  # the folder in OUT of what `lora` keeps beside the weights
 ROWS = 512  # of text, unless the recipe says how many
-HELD_OUT_SHARE = 16  # one row in so many
 BLOCK = "block"  # which comes first: its float block and the rows are there only while the block is rounded
 
 
 @dataclass(frozen=True)
-class EndToEnd(Objective, Training):
+class EndToEnd(Objective, Training, ABC):
     """A finish that trains all linears together, by default towards the float model's distribution of every token."""
 
     norms: bool = True  # the weights of norms are trained as well
@@ -49,16 +49,16 @@ class EndToEnd(Objective, Training):
                 "leave `hidden` and `attention` at 0; `qtool distill` compares them",
             )
 
-    wants_float: ClassVar[bool] = False  # whether `linear` looks at the weight before it was rounded
-
     @property
     def scales_rate(self) -> float:
         """The learning rate of scales and norms, as a multiple of `lr`."""
         return 1.0
 
-    def linear(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> QuantizedLinear:
-        """A linear with what this finish trains of it; `float_OI` is the weight before it was rounded."""
-        raise NotImplementedError
+    @abstractmethod
+    def linear(
+        self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_weight: Callable[[], Tensor]
+    ) -> QuantizedLinear:
+        """A linear with what this finish trains of it; `float_weight` is the weight [O, I] before it was rounded."""
 
 
 def get_finish(name: str, options: Mapping[str, Any]) -> Training:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qtool.errors import TrainingError
 from qtool.finishing import held_out_of
 from qtool.finishing.block import Block
-from qtool.finishing.linear import BETAS, LatentLinear, swap
-from qtool.models.blockwise import linear_of
+from qtool.finishing.linear import BETAS, LatentLinear
+from qtool.models.blockwise import linear_of, replace_module
 from qtool.numerics.grid import Grid, QTensor
 from qtool.runtime.inputs import round_inputs
 from qtool.training.loop import Progress, Task, train
@@ -78,14 +78,11 @@ def train_block(
     The block itself stays as it is.
     """
     targets = rows.targets()
-    before: dict[str, nn.Linear] = {}
+    before: dict[str, nn.Module] = {}
     trained: dict[str, LatentLinear] = {}
     for linear, (quantized, grid, float_OI) in weights.items():
-        before[linear] = linear_of(block, linear)
-        trained[linear] = LatentLinear(quantized, grid, before[linear].bias, float_OI)
-        for hook in before[linear]._forward_pre_hooks.values():  # of a source that is served with rounded inputs
-            trained[linear].register_forward_pre_hook(hook)
-        swap(block, linear, trained[linear])
+        trained[linear] = LatentLinear(quantized, grid, linear_of(block, linear).bias, float_OI)
+        before[linear] = replace_module(block, linear, trained[linear])
     try:
         task = BlockTask(block, lambda batch: rows.output(block, batch, served.cache), targets, options)
         held_out, learned = held_out_of(len(targets), options.held_out)
@@ -97,7 +94,7 @@ def train_block(
         return {linear: module.result() for linear, module in trained.items()}, curve, sample_BTE
     finally:
         for linear, module in before.items():
-            swap(block, linear, module)
+            block.set_submodule(linear, module)
 
 
 def alignment(trained: Tensor, written: Tensor, name: str) -> dict[str, float]:

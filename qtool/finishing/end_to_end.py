@@ -165,10 +165,11 @@ class EndToEndFinish:
         device = self.world.device
         quantized = read_back(written, self.job, linear).to(device)
         grid = grid_of(linear.scheme, TORCH_DTYPES[self.job.scale_dtype(linear)])
-        float_OI = quantized.dequantize()
-        if self.options.wants_float and self._source_is_target:
-            float_OI = self._float_weight(linear).to(device)
-        return self.options.linear(quantized, grid, bias, float_OI)
+
+        def float_weight() -> Tensor:
+            return self._float_weight(linear).to(device) if self._source_is_target else quantized.dequantize()
+
+        return self.options.linear(quantized, grid, bias, float_weight)
 
     @property
     def _source_is_target(self) -> bool:

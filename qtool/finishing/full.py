@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from qtool.finishing import EndToEnd
 
@@ -22,13 +23,13 @@ class Full(EndToEnd):
     lr: float = 0.005
     scale_lr: float = 0.002  # of scales and norms, as shares of themselves
 
-    wants_float: ClassVar[bool] = True
-
     @property
     def scales_rate(self) -> float:
         return self.scale_lr / self.lr
 
-    def linear(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> QuantizedLinear:
+    def linear(
+        self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_weight: Callable[[], Tensor]
+    ) -> QuantizedLinear:
         from qtool.finishing.linear import LatentLinear
 
-        return LatentLinear(weight, grid, bias, float_OI)
+        return LatentLinear(weight, grid, bias, float_weight())

@@ -8,14 +8,15 @@ Shapes: O out features, I in features, G groups, R rank.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qtool.numerics.fake_quant import decode_codes, fake_quantize_weight, spread_rows
-from qtool.numerics.grid import Grid, GridParams, QTensor
+from qtool.numerics.fake_quant import decode_codes, fake_quantize_weight
+from qtool.numerics.grid import Grid, GridParams, QTensor, spread_rows
 
 BETWEEN = 0.5  # of the way from a grid point to the point of its cell that is nearest to the float weight
 BETAS = (0.9, 0.95)  # of AdamW: these runs are short
@@ -23,7 +24,7 @@ SMALLEST = 0.1  # of a scale at the start: it keeps its sign
 SHIFT = 5.0  # steps of a zero point (scales of a minimum) for 1 of its parameter: an integer needs longer ways
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """A linear with a quantized weight [O, I]. `scale` and `zero` are as `Grid.effective` has them."""
 
     def __init__(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None) -> None:
@@ -33,13 +34,13 @@ class QuantizedLinear(nn.Module):
         effective = grid.effective(weight.params)
         self.scale, self.zero = effective.scale, effective.zero
 
+    @abstractmethod
     def weight(self) -> Tensor:
         """What will be read of the weight, float32 [O, I], with the gradients of what is trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self) -> QTensor:
         """The weight as it is now."""
-        raise NotImplementedError
 
     @property
     def of_weights(self) -> list[nn.Parameter]:
@@ -77,9 +78,9 @@ class QuantizedLinear(nn.Module):
     def _spread(self, values: Tensor) -> Tensor:
         return spread_rows(values, len(self.quantized.codes))[:, :, None]
 
-    def between(self, float_OI: Tensor) -> Tensor:
+    def between(self, float_OI: Tensor, step_OI: Tensor) -> Tensor:
         """Weights in the cells of their codes, on the way from the grid to a float weight."""
-        point_OI, step_OI = self.grid.decode(self.quantized.codes, self.quantized.params), self.steps()
+        point_OI = self.grid.decode(self.quantized.codes, self.quantized.params)
         way_OI = ((float_OI - point_OI) / step_OI).clamp_(-0.5, 0.5)
         return point_OI.addcmul_(way_OI, step_OI, value=BETWEEN)
 
@@ -117,7 +118,8 @@ class LatentLinear(CodedLinear):
 
     def __init__(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> None:
         super().__init__(weight, grid, bias)
-        self.step_OI, self.start_OI = self.steps(), self.between(float_OI)
+        self.step_OI = self.steps()
+        self.start_OI = self.between(float_OI, self.step_OI)
         self.moved = nn.Parameter(torch.zeros_like(self.start_OI))  # in steps
 
     @property
@@ -145,7 +147,8 @@ class MergedLinear(QuantizedLinear):
 
     def __init__(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor, rank: int) -> None:
         super().__init__(weight, grid, bias)
-        self.step_OI, self.start_OI = self.steps(), self.between(float_OI)
+        self.step_OI = self.steps()
+        self.start_OI = self.between(float_OI, self.step_OI)
         self.down_RI, self.up_OR = low_rank(self.start_OI, rank)
 
     @property
@@ -200,9 +203,3 @@ def low_rank(like_OI: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     down_RI = (2 * torch.rand(rank, inputs, generator=generator) - 1) * inputs**-0.5
     up_OR = torch.zeros(rows, rank, device=like_OI.device)
     return nn.Parameter(down_RI.to(like_OI.device)), nn.Parameter(up_OR)
-
-
-def swap(module: nn.Module, name: str, child: nn.Module) -> None:
-    """Make `child` the submodule of that dotted name."""
-    path, _, last = name.rpartition(".")
-    setattr(module.get_submodule(path), last, child)

@@ -6,8 +6,9 @@ Kept beside, it is a PEFT adapter in OUT/adapter, for programs that load adapter
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from qtool.errors import UsageError
 from qtool.finishing import EndToEnd
@@ -30,8 +31,6 @@ class LoRA(EndToEnd):
     merge: bool = True  # onto the grid; false: an adapter beside the packed weights
     norms: bool = False
 
-    wants_float: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
@@ -43,9 +42,11 @@ class LoRA(EndToEnd):
     def scales_rate(self) -> float:
         return self.scale_lr / self.lr
 
-    def linear(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> QuantizedLinear:
+    def linear(
+        self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_weight: Callable[[], Tensor]
+    ) -> QuantizedLinear:
         from qtool.finishing.linear import AdaptedLinear, MergedLinear
 
         if self.merge:
-            return MergedLinear(weight, grid, bias, float_OI, self.rank)
+            return MergedLinear(weight, grid, bias, float_weight(), self.rank)
         return AdaptedLinear(weight, grid, bias, self.rank)

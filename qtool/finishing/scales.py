@@ -5,6 +5,7 @@ What is in memory is the codes, a byte for each weight, one dense weight at a ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,9 @@ class Scales(EndToEnd):
     epochs: int | None = 4
     lr: float = 0.002
 
-    def linear(self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_OI: Tensor) -> QuantizedLinear:
+    def linear(
+        self, weight: QTensor, grid: Grid, bias: nn.Parameter | None, float_weight: Callable[[], Tensor]
+    ) -> QuantizedLinear:
         from qtool.finishing.linear import CodedLinear
 
         return CodedLinear(weight, grid, bias)

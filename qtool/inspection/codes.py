@@ -107,16 +107,10 @@ def effective_scales(weight: QTensor) -> tuple[Tensor, Tensor | None]:
 
     Of block types with minima these are what is subtracted, instead of zeros.
     """
-    import torch
-
     from qtool.numerics.grid import grid_of
 
-    scheme, (rows, inputs) = weight.scheme, weight.codes.shape
-    groups = scheme.groups(inputs)
-    first_G = torch.arange(groups) * (inputs // groups)
-    found = grid_of(scheme, weight.params.scale.dtype).per_column(weight.params, first_G, rows, inputs)
-    step = {"tensor": rows, "block": BLOCK}.get(scheme.granularity, 1)
-    return found.scale[::step], None if found.zero is None else found.zero[::step]
+    found = grid_of(weight.scheme, weight.params.scale.dtype).effective(weight.params)
+    return found.scale, found.zero
 
 
 def code_counts(weight: QTensor) -> list[tuple[float, int]]:

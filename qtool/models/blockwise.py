@@ -314,6 +314,18 @@ def document_arguments(
     return {"position_ids": positions_BT, "attention_mask": same_BTT.tril()[:, None]}
 
 
+def replace_module(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put `module` in the place of the submodule of that dotted name; returns the one that was there.
+
+    It gets the hooks of that one, which round its inputs.
+    """
+    before = parent.get_submodule(name)
+    for hook in before._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook)
+    parent.set_submodule(name, module)
+    return before
+
+
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
     """A linear of a block by its name relative to the block; a Conv1D is one too, whose weight is [in, out]."""
     from transformers.pytorch_utils import Conv1D

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.models.blockwise import BlockModel, Source, document_arguments, put, with_cache
+from qtool.models.blockwise import BlockModel, Source, document_arguments, put, replace_module, with_cache
 from qtool.runtime.inputs import round_inputs
 
 
@@ -75,16 +75,8 @@ class WholeModel(nn.Module):
         return self
 
     def replace(self, name: str, module: nn.Module) -> nn.Module:
-        """Put `module` in the place of the module of `model` called `name`; returns the one that was there.
-
-        It gets the hooks of that one, which round its inputs.
-        """
-        path, _, last = name.rpartition(".")
-        before = self.model.get_submodule(name)
-        for hook in before._forward_pre_hooks.values():
-            module.register_forward_pre_hook(hook)
-        setattr(self.model.get_submodule(path), last, module)
-        return before
+        """See `replace_module`; the name is that of `model`."""
+        return replace_module(self.model, name, module)
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """The hidden states [B, T, E] that leave the last block, before the final norm.

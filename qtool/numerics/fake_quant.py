@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qtool.numerics.activations import fake_quantize, reach
-from qtool.numerics.grid import Grid, GridParams
+from qtool.numerics.grid import Grid, GridParams, spread_rows
 from qtool.scheme import BLOCK, ActivationScheme
 
 
@@ -112,11 +112,6 @@ def surrogate_gradients(
     if zero is None:
         return of_weight, gathered(of_scale), None
     return of_weight, gathered(of_scale), gathered(of_zero) * (1.0 if grid.has_minimum else scale)
-
-
-def spread_rows(values: Tensor, rows: int) -> Tensor:
-    """Parameters that rows share, one row for each: [1, G] stays as it is."""
-    return values if len(values) in (1, rows) else values.repeat_interleave(BLOCK, 0)[:rows]
 
 
 def fake_quantize_inputs(x: Tensor, scheme: ActivationScheme, scale: Tensor | None = None) -> Tensor:

@@ -269,8 +269,7 @@ class Grid:
 
     def _effective(self, params: GridParams, rows: int) -> Tensor:
         """The scales that codes are multiplied by, float32 [O or 1, G]."""
-        scale = self.effective(params).scale
-        return scale if len(scale) in (1, rows) else scale.repeat_interleave(BLOCK, 0)[:rows]  # of blocks
+        return spread_rows(self.effective(params).scale, rows)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -285,6 +284,11 @@ class Grid:
         steps = known.diff()
         gaps = torch.cat([steps[:1], torch.minimum(steps[1:], steps[:-1]), steps[-1:]])
         return gaps[torch.bucketize(levels, (known[1:] + known[:-1]) / 2)]
+
+
+def spread_rows(values: Tensor, rows: int) -> Tensor:
+    """What blocks of rows share, one row for each; [1, G] stays as it is."""
+    return values if len(values) in (1, rows) else values.repeat_interleave(BLOCK, 0)[:rows]
 
 
 @cache

@@ -75,10 +75,6 @@ class Report:
     gates: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def gate_failed(self) -> bool:
-        return any(not gate["passed"] for gate in self.gates)
-
     def to_tree(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

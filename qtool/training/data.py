@@ -17,9 +17,7 @@ from qtool.calibration.tokens import Tokenizer, TokenRows, row_length
 from qtool.checkpoint.writer import counted
 from qtool.errors import QtoolError
 from qtool.recipe import DataSpec
-from qtool.training.options import MOST_ROWS
-
-HELD_OUT_SHARE = 16  # one row in so many
+from qtool.training.options import HELD_OUT_SHARE, MOST_ROWS
 
 Row = tuple[list[int], list[int]]  # token ids and positions, [T] each
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,14 @@ GROWTH_STEPS = 1000  # so many finite gradients double the scale
 REPORT_S = 10.0  # between two reports of progress, besides those of evaluations
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """What is trained: the float32 parameters that require a gradient, of one dimension or more."""
 
     rows: int  # how many there are; they are named by index
 
+    @abstractmethod
     def forward(self, indexes: list[int]) -> tuple[Tensor, Tensor]:
         """The sum of the losses of these rows, and of how many terms it is."""
-        raise NotImplementedError
 
     def groups(self) -> list[dict[str, Any]]:
         """All that is trained, in AdamW's groups; `lr_scale` multiplies the learning rate of one."""

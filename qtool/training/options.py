@@ -11,6 +11,7 @@ from qtool.errors import UsageError, unknown
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bf16", "fp16")
 MOST_ROWS = 2048  # of a data set, which may have no end, unless more are asked for
+HELD_OUT_SHARE = 16  # one row in so many is held out
 EVALUATIONS = 8  # in a run, besides that of the start
 # What changes the result by float rounding at most.
 MEMORY_ONLY = ("accumulate", "recompute", "checkpoint_every")

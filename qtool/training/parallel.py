@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qtool.errors import UsageError
+from qtool.processes import processes, rank
 
 if TYPE_CHECKING:
     from qtool.training.loop import Task
@@ -44,7 +45,7 @@ class World:
     @classmethod
     def of_environment(cls, device: torch.device) -> World:
         """As torchrun's variables say. Raises UsageError for a device that several processes cannot share."""
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        size = processes()
         if size == 1:
             return cls(device)
         if device.type == "cuda":
@@ -58,7 +59,7 @@ class World:
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
-        return cls(device, rank, size)
+        return cls(device, rank(), size)
 
     @property
     def main(self) -> bool:

@@ -11,12 +11,9 @@ seconds of CPU and peak memory. Every run is a process of its own.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
-from pathlib import Path
 
-from schemes import EXAMPLE, Bench, line
+from schemes import Bench, arguments, bench_of, line
 
 RUNS = ("gptq", "gptaq", "gptaq:block", "gptaq:block:scales")  # a method, and how its solution is trained
 
@@ -36,24 +33,11 @@ def finish_table(bench: Bench, schemes: list[str], runs: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, default=EXAMPLE)
-    parser.add_argument("--calibration", default="python-docs")
-    parser.add_argument("--evaluation", default="python-docs")
-    parser.add_argument("--protocol", default="windows")
-    parser.add_argument("--rows", default="128")
-    parser.add_argument("--seqlen", default="512")
+    parser = arguments(__doc__)
     parser.add_argument("--schemes", default="w2a16,w3a16,nvfp4")
     parser.add_argument("--runs", default=",".join(RUNS))
-    parser.add_argument("--work", type=Path, help="where outputs and figures are kept; default a temporary folder")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = options.work or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
-        bench = Bench(
-            options.model, work, options.calibration, options.rows, options.seqlen, options.evaluation,
-            options.protocol, None,
-        )  # fmt: skip
+    with bench_of(options) as bench:
         finish_table(bench, options.schemes.split(","), options.runs.split(","))
 
 

@@ -19,7 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,26 +210,38 @@ def run_case(bench: Bench, scheme: str, transform: str, method: str) -> None:
         print(f"{label}qtool  {error}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of whole runs takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=EXAMPLE)
     parser.add_argument("--calibration", default="python-docs")
     parser.add_argument("--evaluation", default="python-docs")
     parser.add_argument("--protocol", default="windows")
     parser.add_argument("--rows", default="128")
     parser.add_argument("--seqlen", default="512")
-    parser.add_argument("--methods", default="rtn,gptq")
-    parser.add_argument("--only", default="", help="a regular expression that `SCHEME TRANSFORM METHOD` must hold")
-    parser.add_argument("--peer-python", help="a Python with llm-compressor 0.14")
     parser.add_argument("--work", type=Path, help="where outputs and figures are kept; default a temporary folder")
-    options = parser.parse_args()
+    return parser
+
+
+@contextmanager
+def bench_of(options: argparse.Namespace, peer_python: str | None = None) -> Iterator[Bench]:
+    """The subject that was asked for, and its folder."""
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        bench = Bench(
+        yield Bench(
             options.model, work, options.calibration, options.rows, options.seqlen, options.evaluation,
-            options.protocol, options.peer_python,
+            options.protocol, peer_python,
         )  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--methods", default="rtn,gptq")
+    parser.add_argument("--only", default="", help="a regular expression that `SCHEME TRANSFORM METHOD` must hold")
+    parser.add_argument("--peer-python", help="a Python with llm-compressor 0.14")
+    options = parser.parse_args()
+    with bench_of(options, options.peer_python) as bench:
         print(f"{'scheme':27}{'transform':13}{'method':6}{'by':7}{'bits':>7}{'ppl':>10}{'delta':>10}{'':10}"
               f"{'KL, nats':>9}{'':10}{'top-1':>8}{'work s':>8}{'cpu s':>8}{'MB':>8}{'to peer':>10}")  # fmt: skip
         for scheme, transforms in SCHEMES.items():
