@@ -11,7 +11,7 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 GPTQMODEL := torchao==0.18.0 defuser==0.0.28 gptqmodel==7.7.0
 GPTQMODEL_NEEDS := device-smi logbar maturin ninja optimum==2.3.0 pillow protobuf pypcre requests threadpoolctl tokenicer
 
-.PHONY: help demo test test-a-to-g test-h-to-z test-fast test-consumers lint bench commands clean
+.PHONY: help demo test test-fast test-consumers lint bench commands clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to make
@@ -27,14 +27,11 @@ demo: $(STAMP)  ## quantize the example model to 4 bits and print what it cost
 	$(BIN)/qtool quantize examples/tiny-llama -o $(DEMO) --scheme w4a16 --method gptq \
 	  --eval python-docs
 
-test: $(STAMP)  ## all tests, in two halves side by side
-	$(MAKE) --no-print-directory -j2 test-a-to-g test-h-to-z
-
-test-a-to-g test-h-to-z: test-%: $(STAMP)
-	env -u MAKEFLAGS -u MAKELEVEL $(BIN)/python -m pytest -q -m 'not gpu and not peer' $(wildcard tests/test_[$(subst -to-,-,$*)]*.py)
+test: $(STAMP)  ## all tests, on all cores
+	$(BIN)/python -m pytest -q -n auto -m 'not gpu and not peer'
 
 test-fast: $(STAMP)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not peer'
+	$(BIN)/python -m pytest -q -n auto -m 'not slow and not gpu and not peer'
 
 $(CONSUMERS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CONSUMERS)

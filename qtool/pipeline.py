@@ -29,7 +29,7 @@ from qtool.report.model import KeptRecord, LayerRecord, Report, Stopwatch, peak_
 
 if TYPE_CHECKING:
     from qtool.calibration.tokens import TokenRows
-    from qtool.training.parallel import World
+    from qtool.training.world import World
 
 Progress = Callable[[str, int, int, str], None]  # stage, steps done, steps in all, detail
 ADDED = "was tied to the embedding, and is a tensor of its own now"
@@ -79,7 +79,7 @@ def quantize(job: Job, out: Path, options: RunOptions, progress: Progress) -> tu
         _check_evaluation(job, options)
     from qtool.models.blockwise import pick_device
     from qtool.solving.solver import Solver
-    from qtool.training.parallel import World
+    from qtool.training.world import World
 
     world = World.of_environment(pick_device(options.device))
     device = world.device

@@ -8,15 +8,20 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and small products gain nothing from threads
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)  # `--hypothesis-profile default` looks for new cases
+settings.load_profile("same")
 
 VOCABULARY = 320  # rows of the embedding: more than the tokenizer has, as in many real models
 TOKENS = 300  # of the tokenizer
@@ -66,15 +71,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 MakeModel = Callable[..., Path]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _modest_threads() -> Iterator[None]:
-    """Two threads at most: the machines that run this have few cores, and the tensors are tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

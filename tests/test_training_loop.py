@@ -23,7 +23,7 @@ from qtool.training.batches import Order, parts
 from qtool.training.curve import Curve
 from qtool.training.loop import Task, train
 from qtool.training.options import MEMORY_ONLY, Training
-from qtool.training.parallel import World
+from qtool.training.world import World
 
 ROWS, TERMS, INPUTS, OUTPUTS = 23, 5, 4, 3
 HELD_OUT, TRAINED = list(range(4)), list(range(4, ROWS))

@@ -27,7 +27,7 @@ from qtool.errors import TrainingError, UsageError
 from qtool.training.curve import Curve
 from qtool.training.loop import Task, train
 from qtool.training.options import Training
-from qtool.training.parallel import World
+from qtool.training.world import World
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 11, 7, 13, 6
 HELD_OUT, TRAINED = [0, 1, 2], list(range(3, ROWS))

@@ -45,9 +45,9 @@ from qtool.solving.record import digest_bytes
 from qtool.training.curve import Curve
 from qtool.training.data import TrainingRows, training_rows
 from qtool.training.loop import train
-from qtool.training.parallel import World
 from qtool.training.task import StudentTask
 from qtool.training.teacher import MEMORY_BYTES, HiddenTeacher, LiveTeacher, Teacher, TopKTeacher
+from qtool.training.world import World
 
 STUDENT, BEFORE, TRAINING = "student", "student before", "training"  # steps in the journal besides the units
 

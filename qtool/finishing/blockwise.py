@@ -20,7 +20,7 @@ from qtool.models.blockwise import linear_of, replace_module
 from qtool.numerics.grid import Grid, QTensor
 from qtool.runtime.inputs import round_inputs
 from qtool.training.loop import Progress, Task, train
-from qtool.training.parallel import World
+from qtool.training.world import World
 
 if TYPE_CHECKING:
     from qtool.calibration.rows import Roundings, Rows

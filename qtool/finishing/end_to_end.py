@@ -41,9 +41,9 @@ from qtool.scheme import FLOATS
 from qtool.solving.compare import compare
 from qtool.solving.record import digest, read_back
 from qtool.training.loop import Progress, train
-from qtool.training.parallel import World
 from qtool.training.task import StudentTask
 from qtool.training.teacher import MEMORY_BYTES, HiddenTeacher, Teacher
+from qtool.training.world import World
 from qtool.transforms import ScaleTransform
 
 RESULT, TENSORS, FACTS = "result", "trained.safetensors", "facts.json"

@@ -19,7 +19,7 @@ from torch import Tensor
 from qtool.checkpoint.writer import Safetensors, fsync, raw_bytes, write_json
 from qtool.errors import QtoolError
 from qtool.headers import TensorInfo
-from qtool.training.parallel import World
+from qtool.training.world import World
 
 STATE = "state.json"
 

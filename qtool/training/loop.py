@@ -28,7 +28,7 @@ from qtool.training.batches import Order, parts
 from qtool.training.checkpoints import Checkpoints
 from qtool.training.curve import Curve
 from qtool.training.options import Training
-from qtool.training.parallel import World
+from qtool.training.world import World
 
 Progress = Callable[[str, int, int, str], None]
 

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -25,29 +24,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qtool.errors import UsageError
 from qtool.processes import processes, rank
+from qtool.training.world import World
 
 if TYPE_CHECKING:
     from qtool.training.loop import Task
 
-CPU = torch.device("cpu")
 PATIENCE = timedelta(days=30)  # of processes for one that works alone
 CLOSING_S = 0.2  # for gloo's threads to let go of their last tensors: later, that aborts the interpreter (torch 2.13)
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes of this run, and which one this is; by default it is alone."""
-
-    device: torch.device = CPU
-    rank: int = 0
-    size: int = 1
+class Processes(World):
+    """Several processes, over torch.distributed."""
 
     @classmethod
-    def of_environment(cls, device: torch.device) -> World:
-        """As torchrun's variables say. Raises UsageError for a device that several processes cannot share."""
-        size = processes()
-        if size == 1:
-            return cls(device)
+    def of_torchrun(cls, device: torch.device) -> Processes:
+        """As its variables say. Raises UsageError for a device that several processes cannot share."""
         if device.type == "cuda":
             local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= count:
@@ -59,36 +50,24 @@ class World:
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
-        return cls(device, rank(), size)
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        return self.rank == 0
+        return cls(device, rank(), processes())
 
     def barrier(self) -> None:
-        """Wait for all processes, however long one works alone."""
-        if self.size > 1:
-            dist.all_reduce(torch.zeros(1))  # on the CPU: a waiting GPU would spin
+        dist.all_reduce(torch.zeros(1))  # on the CPU: a waiting GPU would spin
 
     def close(self) -> None:
-        """Take leave of the others; what runs under torchrun calls it last."""
-        if self.size > 1:
-            dist.destroy_process_group()
-            time.sleep(CLOSING_S)
+        dist.destroy_process_group()
+        time.sleep(CLOSING_S)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
         return tensor
 
-    def shard(self, task: Task) -> None:
-        """From now on each parameter of the task is a DTensor, and a gradient the sum over all processes.
+    def agree(self, decision: bool) -> bool:
+        return bool(self.sum(torch.tensor(float(decision and self.main))).item())
 
-        Which parameters are trained is settled here.
-        """
-        if self.size == 1 or isinstance(task, FSDPModule):
+    def shard(self, task: Task) -> None:
+        if isinstance(task, FSDPModule):
             return
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
         for module in (*task.units(), task):
@@ -101,18 +80,12 @@ class World:
                     module.set_reduce_scatter_unused_params(True)
 
     def settle(self, task: Task) -> None:
-        """After passes without a backward one: forget the gathered parameters, which may be about to change."""
         for module in task.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def agree(self, decision: bool) -> bool:
-        """What the first process decides, in all of them."""
-        return bool(self.sum(torch.tensor(float(decision and self.main))).item())
-
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
-        """While active, what a unit or the task itself shares is there as a whole. All processes enter it."""
         if isinstance(module, FSDPModule):
             module.unshard()
         yield
@@ -120,16 +93,13 @@ class World:
             module.reshard()
 
     def full(self, tensor: Tensor) -> Tensor:
-        """The whole of a parameter or of what belongs to one. All processes call it."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def local(self, tensor: Tensor) -> Tensor:
-        """This process's share of it, in the same memory."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     @torch.no_grad()
     def put(self, tensor: Tensor, value: Tensor) -> None:
-        """Copy a whole value, which every process has, into a parameter or what belongs to one."""
         value = value.to(self.device)
         if isinstance(tensor, DTensor):  # without a source nothing is sent: each process takes its share
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
