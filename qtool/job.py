@@ -203,6 +203,7 @@ def prepare(model: str, recipe: Recipe) -> Job:
         stored=container.stored,
         files=container.files,
     )
+    weights.write_out(k.source.name for k in plan.kept if k.source.name.removesuffix(".weight") in weights.schemes)
     container = with_kinds(container, plan)
     kv = KV_SCHEMES[recipe.kv] if recipe.kv else None
     others = mixed.notes(plan, recipe) if mixed else ()

@@ -143,6 +143,15 @@ def test_rounding_a_second_time_has_to_be_asked_for(
     assert "is not quantized yet" in said(capsys)
 
 
+def test_what_was_packed_and_is_now_left_alone_is_written_out(make_model: Any, tmp_path: Path) -> None:
+    """The embedding of a GGUF file is rounded; of compressed-tensors it is not."""
+    packed = quantized(make_model(), tmp_path / "packed", "q8_0", "--format", "gguf")
+    out = quantized(packed, tmp_path / "again", "int4-g32-sym", "--requantize")
+    name = "model.embed_tokens.weight"
+    assert name.removesuffix(".weight") in Weights(open_checkpoint(packed)).schemes
+    assert torch.equal(weights_of(out)[name], weights_of(packed)[name].half().float())
+
+
 def test_scales_that_do_not_exist_in_the_other_type_are_counted() -> None:
     scheme = QuantScheme.parse("int4-g32-sym")
     codes = torch.zeros((2, 64), dtype=torch.uint8)

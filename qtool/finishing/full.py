@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Full(EndToEnd):
-    """Options of `full`. The learning rate is that of weights, in steps of their grid."""
+    """Options of `full`. The learning rate is that of weights, in steps of their grid.
+
+    It should take a weight about one step far in the whole run, lr * steps / 2 with a cosine: over much less no code
+    changes, and over much more those change that follow noise.
+    """
 
     epochs: int | None = 4
-    lr: float = 0.005
+    lr: float = 0.02
     scale_lr: float = 0.002  # of scales and norms, as shares of themselves
 
     @property
